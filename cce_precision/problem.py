@@ -1,0 +1,124 @@
+"""`Problem`: one flat call as the passes see it; `Plan`: how to compute it; `Heads` and `Upstream`: what goes out and comes back.
+
+The passes know four per-token quantities, the heads, and nothing of reductions, class weights or label smoothing, which are
+linear in the heads and therefore composed (and differentiated by PyTorch) in `interface`:
+
+    nll_i     = lse_i - z[i, t_i]                       (complement form: log1p of the odds against the target)
+    lse_i     = log sum_j exp z_ij
+    entropy_i = - sum_j P_ij log P_ij
+    smooth_i  = sum_j w_j (lse_i - z_ij)                (w: column weights, ones unless class weights are given)
+
+with z = cap(e c^T + bias) / temperature and cap(y) = softcap tanh(y / softcap). Their joint gradient is
+
+    dZ_ij = P_ij (alpha_i - kappa_i (log P_ij + entropy_i)) - beta_i [j = t_i] - sigma_i w_j,
+    alpha = g_nll + g_lse + sum(w) g_smooth,   beta = g_nll,   kappa = g_entropy,   sigma = g_smooth,
+
+where the target's entry is taken in complement form: -beta (1 - P_t) + (alpha - beta) P_t - ..., 1 - P_t = -expm1(-nll).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
+
+__all__ = ["Heads", "Plan", "Problem", "Statistics", "Upstream"]
+
+
+class Heads(NamedTuple):
+    """Per-token outputs, each (N,) in the compute dtype (argmax: int64); 0 on ignored tokens; empty (0,) where not asked for."""
+
+    nll: Tensor
+    lse: Tensor
+    entropy: Tensor
+    smooth: Tensor
+    argmax: Tensor
+
+
+class Upstream(NamedTuple):
+    """Gradients with respect to the heads, each (N,) in the compute dtype; None where a head has none."""
+
+    nll: Tensor | None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    smooth: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,)."""
+
+    kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter
+    hits: Tensor  # entries with P^_ij > 0, int64
+    deviation: Tensor  # upper bound of sum_j |P^_ij - P_ij|, rounding included: ||error of dE_i|| <= |g_i| deviation_i max_j ||C_j||
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compute a problem: the variant and every scalar of the call. Travels through the operator as a string."""
+
+    variant: Variant
+    softcap: float | None = None
+    temperature: float = 1.0
+    want_entropy: bool = False
+    want_smooth: bool = False
+    want_argmax: bool = False
+    backend: str = "auto"  # "auto" | "triton" | "eager"
+    workspace_mb: int | None = None  # None: the backend's default
+
+    def encode(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def decode(text: str) -> Plan:
+        fields: dict[str, Any] = json.loads(text)
+        record = fields.pop("variant")
+        for side in ("filter_e", "filter_c"):
+            f = record[side]
+            record[side] = Filter(FilterKind(f["kind"]), Granularity(f["granularity"]), f["eps"], f["share"])
+        record["accum_e"], record["accum_c"] = Accumulation(record["accum_e"]), Accumulation(record["accum_c"])
+        record["operand"], record["path"] = Operand(record["operand"]), Path(record["path"])
+        record["aliases"], record["tile"] = tuple(record["aliases"]), tuple(record["tile"])
+        return Plan(Variant(**record), **fields)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One flat call. All tensors on one device; nothing is copied to build it."""
+
+    e: Tensor  # (N, D) embeddings; a strided view is fine
+    c: Tensor  # (V, D) classifier
+    targets: Tensor  # (N,) int64 in [0, V), or -1 where the token is ignored; any shift is applied already
+    bias: Tensor | None = None  # (V,)
+    column_weight: Tensor | None = None  # (V,) w of the smooth head in the compute dtype; None: ones
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def n(self) -> int:
+        return self.e.shape[0]
+
+    @property
+    def v(self) -> int:
+        return self.c.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.e.shape[1]
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The common dtype of e and c: dZ is rounded to it, and `auto` thresholds derive from it."""
+        return torch.promote_types(self.e.dtype, self.c.dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 inputs: logits, probabilities, losses and sums."""
+        return torch.float64 if self.operand_dtype is torch.float64 else torch.float32
