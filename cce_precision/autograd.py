@@ -1,0 +1,146 @@
+"""The passes as two `torch.library` operators, differentiable once, for all tiled variants.
+
+The plan (variant and scalars) travels as a string, so that `torch.compile` sees constants and the operators stay opaque to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import eager, kernels
+from .problem import Heads, Plan, Problem, Statistics, Upstream
+
+__all__ = ["choose_backend", "heads_of", "statistics_of"]
+
+
+def _problem(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, plan: Plan) -> Problem:
+    return Problem(e, c, targets, bias, weight, plan.softcap, plan.temperature)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"cce_precision runs in plain PyTorch: {reason}", stacklevel=2)
+
+
+def choose_backend(problem: Problem, plan: Plan) -> str:
+    """"triton" or "eager". Raises ValueError where backend="triton" was demanded and cannot run this call, with the reason."""
+    if plan.backend == "eager":
+        return "eager"
+    reason = kernels.supports(problem, plan)
+    if reason is None:
+        return "triton"
+    if plan.backend == "triton":
+        raise ValueError(f"backend='triton' cannot run this call: {reason}; use backend='eager' or 'auto'")
+    if problem.e.device.type == "cuda":
+        _say_once(reason)
+    return "eager"
+
+
+@torch.library.custom_op("cce_precision::forward", mutates_args=())
+def _forward(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, seed: Tensor, plan: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    decoded = Plan.decode(plan)
+    problem = _problem(e, c, bias, targets, weight, decoded)
+    passes = kernels if choose_backend(problem, decoded) == "triton" else eager
+    return tuple(passes.forward(problem, decoded))  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
+    decoded = Plan.decode(plan)
+    n, dtype = e.shape[0], _problem(e, c, bias, targets, weight, decoded).compute_dtype
+    new = lambda wanted, kind=dtype: e.new_empty(n if wanted else 0, dtype=kind)  # noqa: E731
+    return (
+        new(True),
+        new(True),
+        new(decoded.want_entropy),
+        new(decoded.want_smooth),
+        new(decoded.want_argmax, torch.int64),
+    )
+
+
+@torch.library.custom_op("cce_precision::backward", mutates_args=())
+def _backward(
+    upstream: Sequence[Tensor],  # of nll, lse, entropy, smooth; empty where a head has none
+    heads: Sequence[Tensor],  # nll, lse, entropy
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weight: Tensor | None,
+    seed: Tensor,
+    plan: str,
+    need: Sequence[int],  # of e, c, bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    decoded = Plan.decode(plan)
+    problem = _problem(e, c, bias, targets, weight, decoded)
+    passes = kernels if choose_backend(problem, decoded) == "triton" else eager
+    empty = e.new_empty(0)
+    gradients = passes.backward(
+        problem,
+        decoded,
+        Heads(heads[0], heads[1], heads[2], empty, empty),
+        Upstream(*(g if g.numel() or not problem.n else None for g in upstream)),
+        (bool(need[0]), bool(need[1]), bool(need[2])),
+        seed,
+    )
+    return tuple(e.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+
+
+@_backward.register_fake
+def _(upstream, heads, e, c, bias, targets, weight, seed, plan, need):  # type: ignore[no-untyped-def]
+    like = lambda x, wanted: x.new_empty(x.shape) if wanted else e.new_empty(0)  # noqa: E731
+    return like(e, need[0]), like(c, need[1]), like(bias, need[2] and bias is not None)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    e, c, bias, targets, weight, seed, plan = inputs
+    nll, lse, entropy, _, argmax = output
+    ctx.plan = plan
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy)
+
+
+def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
+    e, c, bias, targets, weight, seed, nll, lse, entropy = ctx.saved_tensors
+    need = [int(x) for x in ctx.needs_input_grad[:3]]
+    if all(g is None for g in grads[:4]):
+        return (None,) * 7
+    upstream = [e.new_empty(0, dtype=nll.dtype) if g is None else g.contiguous() for g in grads[:4]]
+    gradients = torch.ops.cce_precision.backward(
+        upstream, [nll, lse, entropy], e, c, bias, targets, weight, seed, ctx.plan, need
+    )
+    return (*(g if wanted else None for g, wanted in zip(gradients, need)), None, None, None, None)
+
+
+def _refuse_second(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "linear_cross_entropy is differentiable once: the gradient of its gradient is not implemented; "
+        "use impl='baseline' where second derivatives are needed"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse_second)
+
+
+def heads_of(problem: Problem, plan: Plan, seed: Tensor) -> Heads:
+    """The heads of a tiled variant, differentiable once with respect to e, c and bias."""
+    return Heads(
+        *torch.ops.cce_precision.forward(
+            problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
+        )
+    )
+
+
+@torch.no_grad()
+def statistics_of(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Statistics:
+    """What the variant's filter keeps of each row. One more pass over the logits, in plain PyTorch."""
+    return eager.statistics(problem, plan, Heads(*(h.detach() for h in heads)), seed)

@@ -1,0 +1,297 @@
+"""`linear_cross_entropy` and `LinearCrossEntropy`: validate once, flatten, dispatch, compose."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import validation
+from .autograd import choose_backend, heads_of, statistics_of
+from .eager import plain_heads
+from .numerics import Path, Variant
+from .parallel import VocabParallelOptions
+from .problem import Heads, Plan, Problem
+from .variants import DEFAULT, get
+
+__all__ = ["FilterStatistics", "LinearCrossEntropy", "LinearCrossEntropyOutput", "compute_z_loss", "linear_cross_entropy"]
+
+IGNORE_INDEX = -100
+
+
+class FilterStatistics(NamedTuple):
+    """What the filter did to each token of a call, and how far it can have moved the gradient of e; shapes as the unreduced loss."""
+
+    kept_mass: Tensor  # sum_j P^_j, the probability that enters dE, the target's included; 1 without a filter, 0 where ignored
+    hits: Tensor  # int64, entries of the softmax row that enter dE
+    path: str  # "plain", "compiled", "eager" or "triton": what computed the call
+    certificate: Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What a call with a return_* flag beyond return_lse gives; None for what was not asked for."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    stats: FilterStatistics | None = None
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | Variant = DEFAULT,
+    vocab_parallel_options: VocabParallelOptions | None = None,
+    *,
+    backend: str = "auto",
+    tolerance: float | None = None,
+    workspace_mb: int | None = None,
+    seed: int | None = None,
+    validate: bool | str = "auto",
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor] | LinearCrossEntropyOutput:
+    """The cross-entropy of z = softcap(e c^T + bias) / temperature against `targets`, without the logits in memory.
+
+    Args:
+        e: (..., D) embeddings, fp16, bf16, fp32 or fp64; any strides. Under autocast, e, c and bias are cast as by `F.linear`.
+        c: (V, D) classifier; may differ from e in dtype, products then see the common dtype.
+        targets: (...) integer class indices in [0, V), or `ignore_index`, whose tokens count nowhere, whatever e holds there.
+        bias: (V,) added to the logits before the softcap; -inf masks a class.
+        softcap: s > 0 for z = s tanh(y / s); None for none.
+        reduction: "mean" (over the tokens that count, by class weight as `F.cross_entropy`), "sum" or "none".
+        shift: k pairs e[..., i, :] with targets[..., i + k] for causal models, without copying e; True is 1. An unreduced loss
+            then has shape (..., T - k).
+        return_lse: also return the log-sum-exp of each token, differentiable, 0 where ignored: (loss, lse).
+        filter_eps: probability below which a filtering variant skips; "auto" is finfo(dtype).eps / 32; None filters nothing.
+        accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
+        filter_e_grad, filter_c_grad: False leaves that gradient unfiltered.
+        impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record.
+        vocab_parallel_options: not available in this version; anything but None raises.
+        backend: "triton" demands the kernels, "eager" plain PyTorch, "auto" takes the kernels where they can run.
+        tolerance: not available in this version; anything but None raises.
+        workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default.
+        seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a run.
+        validate: whether to check the range of targets: True, False, or "auto" (only where it costs no synchronisation).
+        label_smoothing: in [0, 1], as `F.cross_entropy`.
+        class_weight: (V,) weights, as `weight` of `F.cross_entropy`; not differentiated.
+        temperature: > 0, divides the logits after the softcap.
+        return_entropy: also return the entropy of each token's softmax in nats, differentiable.
+        return_argmax: also return the largest logit's index, int64, the lowest among equals; 0 where ignored.
+        return_stats: also return `FilterStatistics`, at the cost of one more pass over the logits.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs), a scalar or for reduction "none" a tensor of the targets' shape, 0 where ignored.
+        With return_lse alone (loss, lse); with any of return_entropy, return_argmax or return_stats a `LinearCrossEntropyOutput`.
+        The mean over no token is NaN, as in PyTorch, with zero gradients. NaN and inf stay in their token's row (and in dC).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        NotImplementedError: on differentiating a gradient again.
+
+    Error guarantee: `cce_precision.analysis.bounds` evaluates a rigorous bound for each variant; the loss is formed in fp32 as
+    log1p of the odds against the target, accurate to a few ulp beyond the error of the logits themselves.
+
+    Sources: Wijmans et al., arXiv 2411.09009 (the method); Blanchard, Higham and Higham, doi 10.1093/imanum/draa038 (lse).
+    """
+    variant = get(impl)
+    options = validation.Options(
+        ignore_index, softcap, reduction, shift, filter_eps, backend, tolerance, workspace_mb, seed, validate,
+        label_smoothing, temperature,
+    )  # fmt: skip
+    validation.check_options(options)
+    validation.check_tensors(e, c, targets, bias, class_weight, options)
+    if vocab_parallel_options is not None:
+        raise ValueError(
+            "vocab_parallel_options: no variant of this version runs vocabulary-parallel; gather the classifier and leave it None"
+        )
+    variant = variant.configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
+    e, c, bias = _autocast(e, c, bias)
+    offset = int(shift)
+    flat_targets = _flatten_targets(targets, ignore_index, offset)
+    if validation.should_check_range(options, targets):
+        validation.check_range(targets[..., offset:], ignore_index, c.shape[0])
+
+    plan = Plan(
+        variant,
+        None if softcap is None else float(softcap),
+        float(temperature),
+        want_entropy=return_entropy,
+        want_smooth=label_smoothing > 0,
+        want_argmax=return_argmax,
+        backend=backend,
+        workspace_mb=workspace_mb,
+    )
+    compute_dtype = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
+    weight = None if class_weight is None else class_weight.detach().to(compute_dtype)
+    problem = Problem(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        flat_targets,
+        bias,
+        weight if plan.want_smooth else None,
+        plan.softcap,
+        plan.temperature,
+    )
+    draw = _seed(seed, e.device) if variant.random else torch.zeros((), dtype=torch.int64, device=e.device)
+    if variant.path is Path.TILED:
+        heads = heads_of(problem, plan, draw)
+    else:
+        heads = plain_heads(problem, plan, want_lse=return_lse or return_stats)
+
+    per_token = _per_token_loss(heads, flat_targets, weight, label_smoothing, c.shape[0])
+    unflatten = lambda x: x.view(targets.shape)[..., : targets.shape[-1] - offset] if offset else x.view(targets.shape)  # noqa: E731
+    loss = unflatten(per_token) if reduction == "none" else _reduce(per_token, flat_targets, weight, reduction)
+    lse = unflatten(heads.lse) if return_lse else None
+    if not (return_entropy or return_argmax or return_stats):
+        return loss if lse is None else (loss, lse)
+    stats = None
+    if return_stats:
+        kept, hits, path, certificate = _statistics(problem, plan, heads, draw)
+        stats = FilterStatistics(unflatten(kept), unflatten(hits), path, unflatten(certificate))
+    return LinearCrossEntropyOutput(
+        loss,
+        lse,
+        unflatten(heads.entropy) if return_entropy else None,
+        unflatten(heads.argmax) if return_argmax else None,
+        stats,
+    )
+
+
+def _autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs as `F.linear` would see them under the current autocast."""
+    kind = e.device.type
+    if not torch.is_autocast_enabled(kind) or torch.float64 in (e.dtype, c.dtype):
+        return e, c, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _flatten_targets(targets: Tensor, ignore_index: int, shift: int) -> Tensor:
+    """(N,) int64 targets for the tokens of the flattened e; -1 where ignored or past the end of a shifted row."""
+    flat = targets
+    if shift:
+        flat = torch.full_like(targets, ignore_index)
+        flat[..., : targets.shape[-1] - shift] = targets[..., shift:]
+    flat = flat.reshape(-1).to(torch.int64)
+    return torch.where(flat == ignore_index, -1, flat)
+
+
+def _seed(seed: int | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _per_token_loss(heads: Heads, targets: Tensor, weight: Tensor | None, smoothing: float, v: int) -> Tensor:
+    """(N,) losses from the heads: (1 - smoothing) w_t nll + smoothing / V sum_j w_j (lse - z_j), as `F.cross_entropy`."""
+    loss = heads.nll
+    if weight is not None:
+        loss = loss * torch.where(targets >= 0, weight[targets.clamp(min=0)], 0)
+    if smoothing > 0:
+        loss = (1 - smoothing) * loss + (smoothing / v) * heads.smooth
+    return loss
+
+
+def _reduce(per_token: Tensor, targets: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    total = per_token.sum()
+    if reduction == "sum":
+        return total
+    valid = targets >= 0
+    if weight is None:
+        return total / valid.sum()
+    return total / torch.where(valid, weight[targets.clamp(min=0)], 0).sum()
+
+
+def _statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> tuple[Tensor, Tensor, str, Tensor]:
+    """(kept mass, hits, path, certificate), all but the path (N,)."""
+    with torch.no_grad():
+        if plan.variant.path is not Path.TILED:
+            valid = problem.targets >= 0
+            ones = valid.to(problem.compute_dtype)
+            return ones, valid * problem.v, plan.variant.path.value, torch.zeros_like(ones)
+        kept, hits, deviation = statistics_of(problem, plan, heads, seed)
+        norms = [block.to(deviation.dtype).norm(dim=1).amax() for block in problem.c.detach().split(4096)]
+        longest = functools.reduce(torch.maximum, norms) * (1 + 2.0**-10)
+        return kept, hits, choose_backend(problem, plan), deviation * longest / problem.temperature
+
+
+def compute_z_loss(
+    lse: Tensor,
+    targets: Tensor | None = None,
+    shift: bool | int = False,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+) -> Tensor:
+    """The z-loss lse^2 (PaLM, arXiv 2204.02311), which keeps log-sum-exps near 0; differentiable.
+
+    Args:
+        lse: the lse that `linear_cross_entropy(..., return_lse=True)` returned, of shape (...), or (..., T - shift).
+        targets: (...) the targets of that call; tokens equal to `ignore_index` do not count. None: all count.
+        shift: the shift of that call.
+        reduction: "mean" over the tokens that count (NaN if none does), "sum" or "none".
+
+    Raises TypeError or ValueError for shapes that do not belong together and for unknown reductions.
+    """
+    validation.check_reduction(reduction)
+    offset = validation.check_shift(shift)
+    z_loss = lse.square()
+    if targets is not None:
+        if offset:
+            targets = targets[..., offset:]
+        if targets.shape != lse.shape:
+            raise ValueError(
+                f"lse and targets (after shift={shift!r}) must have one shape, got {tuple(lse.shape)} and {tuple(targets.shape)}"
+            )
+        valid = targets != ignore_index
+        z_loss = torch.where(valid, z_loss, 0)
+        if reduction == "mean":
+            return z_loss.sum() / valid.sum()
+    if reduction == "none":
+        return z_loss
+    return z_loss.sum() if reduction == "sum" else z_loss.mean()
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` as a module: takes its options once, then e, c, targets and bias at each call.
+
+    Options are the keyword arguments of `linear_cross_entropy` beside the tensors; an unknown one raises TypeError.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = validation.option_names(linear_cross_entropy)
+        for name in options:
+            if name not in known:
+                raise TypeError(f"LinearCrossEntropy got an unknown option {name!r}; allowed: {', '.join(sorted(known))}")
+        get(options.get("impl", DEFAULT))
+        validation.check_reduction(options.get("reduction", "mean"))
+        self.options = options
+
+    def forward(
+        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | LinearCrossEntropyOutput:
+        """See `linear_cross_entropy`."""
+        return linear_cross_entropy(e, c, targets, bias, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

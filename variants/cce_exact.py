@@ -1,0 +1,9 @@
+"""`cce_exact`: nothing filtered, fp32 sums rounded once, the target's term in fp32. What is left is the rounding of dZ and of the output."""
+
+from cce_precision.numerics import Variant
+
+VARIANT = Variant(
+    name="cce_exact",
+    summary="no filter, fp32 sums, target term in fp32",
+    aliases=("cce_kahan_full", "cce_kahan_full_c_full_e"),
+)
