@@ -18,11 +18,9 @@ where the target's entry is taken in complement form: -beta (1 - P_t) + (alpha -
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,20 +71,33 @@ class Plan:
     workspace_mb: int | None = None  # None: the backend's default
 
     def encode(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """The plan as text, in operations that `torch.compile` folds to a constant."""
+        v = self.variant
+        fields = [v.name, v.path.value, v.operand.value, v.accum_e.value, v.accum_c.value]
+        for f in (v.filter_e, v.filter_c):
+            fields += [f.kind.value, f.granularity.value, str(f.eps), str(f.share)]
+        fields += [str(v.label_apart), str(v.sort_vocabulary), str(v.tile[0]), str(v.tile[1])]
+        fields += [str(self.softcap), str(self.temperature)]
+        fields += [str(self.want_entropy), str(self.want_smooth), str(self.want_argmax)]
+        fields += [self.backend, str(self.workspace_mb)]
+        return "|".join(fields)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def decode(text: str) -> Plan:
-        fields: dict[str, Any] = json.loads(text)
-        record = fields.pop("variant")
-        for side in ("filter_e", "filter_c"):
-            f = record[side]
-            record[side] = Filter(FilterKind(f["kind"]), Granularity(f["granularity"]), f["eps"], f["share"])
-        record["accum_e"], record["accum_c"] = Accumulation(record["accum_e"]), Accumulation(record["accum_c"])
-        record["operand"], record["path"] = Operand(record["operand"]), Path(record["path"])
-        record["aliases"], record["tile"] = tuple(record["aliases"]), tuple(record["tile"])
-        return Plan(Variant(**record), **fields)
+        """The plan that `encode` wrote; the variant without its summary and aliases, which no pass reads."""
+        fields = iter(text.split("|"))
+        flag = lambda: next(fields) == "True"  # noqa: E731
+        number = lambda kind: (lambda x: None if x == "None" else kind(x))(next(fields))  # noqa: E731
+        name, path, operand = next(fields), Path(next(fields)), Operand(next(fields))
+        accum_e, accum_c = Accumulation(next(fields)), Accumulation(next(fields))
+        filters = [
+            Filter(FilterKind(next(fields)), Granularity(next(fields)), number(float), number(int)) for _ in range(2)
+        ]
+        variant = Variant(
+            name, "", (), path, *filters, operand, accum_e, accum_c, flag(), flag(), (number(int), number(int))
+        )
+        return Plan(variant, number(float), number(float), flag(), flag(), flag(), next(fields), number(int))
 
 
 @dataclass(frozen=True)
