@@ -1,0 +1,5 @@
+"""`python -m cce_precision`: the same as `cce-precision`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,146 @@
+"""The command `cce-precision`. A command imports what it needs from `analysis` when it runs, so that `--help` is quick.
+
+Errors of the caller (an unknown name, a bad value) leave with exit code 2 and one line that says what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:  # the core works without them, the command does not
+    sys.exit(f"cce-precision: the command needs the package {error.name!r}: pip install 'cce-precision[report]'")
+
+__all__ = ["app", "bad_option", "main", "names"]
+
+# Which extra brings a package that a command may miss.
+EXTRAS = {
+    "typer": "report",
+    "rich": "report",
+    "pandas": "report",
+    "pyarrow": "report",
+    "plotly": "report",
+    "matplotlib": "report",
+    "safetensors": "report",
+    "transformers": "transformers",
+    "tokenizers": "transformers",
+    "ray": "ray",
+    "hypothesis": "dev",
+    "mpmath": "dev",
+    "flint": "dev",
+    "triton": "dev",
+}
+
+app = typer.Typer(
+    name="cce-precision",
+    help="Cross-entropy of a large-vocabulary linear head without its logits, in variants whose error is known.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of `cce-precision` and `python -m cce_precision`."""
+    try:
+        app(prog_name="cce-precision")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(
+            f"cce-precision: this command needs the package {package!r}: pip install 'cce-precision[{EXTRAS[package]}]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def bad_option(option: str) -> Iterator[None]:
+    """Turns a ValueError or TypeError about `option` into the command's own error: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error), param_hint=f"'{option}'") from None
+
+
+def names(text: str) -> list[str]:
+    """The parts of a list that is separated by commas, without blanks."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def variants(as_json: bool = typer.Option(False, "--json", help="The records as JSON.")) -> None:
+    """The table of the variants: what each filters, rounds and sums."""
+    import dataclasses
+
+    from cce_precision.variants import ALL
+
+    if as_json:
+        print(json.dumps([dataclasses.asdict(variant) for variant in ALL.values()], indent=2))
+        return
+    table = Table(title="variants", title_justify="left")
+    for heading in ("name", "filter of dE", "filter of dC", "dZ operand", "sums (dE, dC)", "what it is"):
+        table.add_column(heading, no_wrap=heading == "name")
+    for variant in ALL.values():
+        filters = [f"{f.granularity.value} {f.kind.value}" if f else "-" for f in (variant.filter_e, variant.filter_c)]
+        sums = ", ".join(dict.fromkeys((variant.accum_e.value, variant.accum_c.value)))
+        also = f" (also {', '.join(variant.aliases)})" if variant.aliases else ""
+        table.add_row(variant.name, *filters, variant.operand.value, sums, variant.summary + also)
+    Console().print(table)
+
+
+@app.command()
+def memory(
+    model: str = typer.Option("all", "--model", help="A model's name, or all."),
+    gpus: int = typer.Option(16, min=1, help="Number of GPUs that share the weights and the batch."),
+    gigabytes: float = typer.Option(80.0, min=1.0, help="Memory of one GPU in GiB."),
+    tokens: int = typer.Option(65536, min=1, help="Tokens of the batch that the columns describe."),
+    as_json: bool = typer.Option(False, "--json", help="The rows as JSON."),
+) -> None:
+    """Memory of logits, activations and weights by model, and how much larger a batch becomes (the paper's Figure 1)."""
+    from cce_precision.analysis import memory as figure
+
+    with bad_option("--model"):
+        rows = figure.rows(model, gpus=gpus, gigabytes=gigabytes, tokens=tokens)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console().print(figure.table(rows, gpus=gpus, gigabytes=gigabytes, tokens=tokens))
+
+
+@app.command()
+def bench(
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    shape: str = typer.Option("auto", "--shape", "--shapes", help="Shapes by name, N,V,D joined by x, or list."),
+    methods: str = typer.Option(
+        "auto", help="Methods by name, separated by commas (WORKSPACE: cce_exact@4096MB), or list."
+    ),
+    dtype: str = typer.Option("auto", help="float32, bfloat16, float16, separated by commas."),
+    case: str = typer.Option("trained", help="The case that fills a shape: init, trained, ..."),
+    repeat: int = typer.Option(0, min=0, help="Timed rounds; 0: as many as fit in about a minute a shape, 5 at least."),
+    softcap: bool = typer.Option(True, help="The model's softcap where it has one."),
+    scale: bool = typer.Option(False, help="Sweep N and V instead of the named shapes."),
+    out: Path = typer.Option(Path("reports/bench"), help="Folder for results.parquet, rows.jsonl and index.html."),
+    fresh: bool = typer.Option(False, help="Measure again what the folder already holds."),
+    page: bool = typer.Option(False, "--page-only", help="Measure nothing: draw the page from the folder's rows."),
+) -> None:
+    """Time, memory and error of every method at every shape, in turn in one run, beside the logits product."""
+    from cce_precision.analysis import bench as benchmark
+
+    with bad_option("--shape/--methods/--dtype/--device/--case"):
+        plan = benchmark.plan(
+            device=device, shapes=names(shape), methods=names(methods), dtypes=names(dtype), case=case, scale=scale,
+            softcap=softcap, repeat=repeat, out=out, fresh=fresh,
+        )  # fmt: skip
+    if page:
+        benchmark.draw(out, Console())
+        return
+    raise typer.Exit(benchmark.run(plan, Console()))
