@@ -7,7 +7,7 @@ are taken to be within `ULPS` units in the last place, which a test measures. Th
 own relative error, far below 2^-20, and the terms of second order are covered once, by `inflated`, at the end.
 
 Assumed: no overflow, classical (not Strassen-like, not emulated) fp64 products. Underflow costs at most TINY and is counted where
-it can happen. Infinite values are taken as exact: they stand for masked columns.
+it can happen.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TINY = 2.0**-1022  # below it fp64 underflows
 
 
 def rounding(value: Tensor, count: int = 1) -> Tensor:
-    """Error of `count` roundings that gave `value`; infinite values are exact."""
-    return (value.abs() * (count * U)).nan_to_num(nan=torch.nan, posinf=0.0)
+    """Error of `count` roundings that gave `value`."""
+    return value.abs() * (count * U)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,10 @@ class Enclosure:
     def upper(self) -> Tensor:
         """Upper bound of the absolute value."""
         return self.value.abs() + self.radius
+
+    def masked(self) -> Enclosure:
+        """The same with infinite values taken as exact: they stand for masked columns."""
+        return Enclosure(self.value, self.radius.masked_fill(self.value.isinf(), 0.0))
 
     def __neg__(self) -> Enclosure:
         return Enclosure(-self.value, self.radius)
@@ -84,7 +88,7 @@ class Enclosure:
 
     def exp(self) -> Enclosure:
         value = self.value.exp()
-        return Enclosure(value, value * torch.expm1(self.radius) + rounding(value, 2 * ULPS) + TINY)
+        return Enclosure(value, value * (torch.expm1(self.radius) + 2 * ULPS * U) + TINY)
 
     def expm1(self) -> Enclosure:
         value = self.value.expm1()

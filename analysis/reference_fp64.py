@@ -18,7 +18,7 @@ from cce_precision.analysis.reference_enclosure import TINY, Enclosure, rounding
 from cce_precision.analysis.references import Objective, Quantities, Truth
 from cce_precision.problem import Problem
 
-CPU_CHUNK = (128, 4096)  # (tokens, columns)
+CPU_CHUNK = (256, 512)  # (tokens, columns): a block of columns stays in cache
 GPU_CHUNK = (2048, 8192)
 ROW_BUDGET = 2**29  # logits of one token block
 Q_MAX = 2.0**20  # beyond it exp(-q) is 0 and q itself is replaced in products with P
@@ -36,12 +36,14 @@ def _logits(problem: Problem, e: Tensor, step: int) -> tuple[Enclosure, Enclosur
     for cols in _slices(problem.v, step):
         y = Enclosure.exact(e).matmul(problem.c[cols].to(e).T)
         if problem.bias is not None:
-            y = y + problem.bias[cols].to(e)
+            y = (y + problem.bias[cols].to(e)).masked()
         if problem.softcap is not None and slope is not None:
-            w = y / problem.softcap
-            slope.add_((slice(None), cols), w.sech2())
+            w = (y / problem.softcap).masked()
+            flat = w.sech2()
+            slope.value[:, cols], slope.radius[:, cols] = flat.value, flat.radius
             y = w.tanh() * problem.softcap
-        z.add_((slice(None), cols), y / problem.temperature)
+        y = y if problem.temperature == 1 else y / problem.temperature
+        z.value[:, cols], z.radius[:, cols] = y.value, y.masked().radius
     return z, slope
 
 
@@ -53,8 +55,8 @@ class _Softmax:
     largest: Tensor  # the largest computed logit, an exact number
     index: Tensor  # its column
     tail: Enclosure  # l, as a function of the computed logits
-    spread_rest: Tensor  # upper bound of the sum of P_k Delta_k over the columns but the largest
-    spread_largest: Tensor  # P_k Delta_k of the largest
+    moved_rest: Tensor  # exp(2 max Delta) times the sum of P_k Delta_k over the columns but the largest, rounded up
+    moved_largest: Tensor  # the same of the largest
     growth: Tensor  # exp(2 max Delta)
 
     @staticmethod
@@ -65,24 +67,23 @@ class _Softmax:
         spread = torch.zeros_like(largest)
         for cols in _slices(z.value.shape[1], step):
             distance = largest - z.value[:, cols]
-            t = Enclosure(-distance, rounding(distance)).exp()
+            t = Enclosure(-distance, rounding(distance)).masked().exp()
             here = _columns(cols, index) == index
             t = Enclosure(t.value.masked_fill(here, 0.0), t.radius.masked_fill(here, 0.0))
             total = total + t.sum(1)
             spread += (t.upper * z.radius[:, cols]).sum(1, keepdim=True)
         tail = total.log1p().column()
-        p_largest = (tail.radius - tail.value).exp()
-        delta = z.radius.gather(1, index)
         growth = (2 * z.radius.amax(1, keepdim=True)).exp()
-        return _Softmax(z, largest, index, tail, spread * p_largest, p_largest * delta, growth)
+        grown = (tail.radius - tail.value).exp() * growth  # P of the largest, times the growth
+        return _Softmax(z, largest, index, tail, spread * grown, z.radius.gather(1, index) * grown, growth)
 
     def surprisal(self, z: Enclosure, is_largest: Tensor) -> Enclosure:
         """(B, k) q of the columns with logits `z`; `is_largest` marks the column `index`."""
-        distance = self.largest - z.value
-        q = distance + self.tail.value
-        spread = self.spread_rest + self.spread_largest.masked_fill(is_largest, 0.0)
-        moved = self.growth * (spread + (q + self.tail.radius).clamp(max=1.0) * z.radius)  # 1 - P <= min(1, q)
-        return Enclosure(q, moved + rounding(distance) + self.tail.radius + rounding(q) + TINY)
+        q = (self.largest - z.value) + self.tail.value
+        moved = self.moved_rest + self.moved_largest.masked_fill(is_largest, 0.0)
+        moved = moved + (q + self.tail.radius).clamp(max=1.0) * (z.radius * self.growth)  # 1 - P <= min(1, q)
+        # two roundings, each at most U q: of the distance to the largest and of the sum
+        return Enclosure(q, moved + (self.tail.radius + TINY) + rounding(q, 2)).masked()
 
     def block(self, cols: slice) -> tuple[Enclosure, Enclosure]:
         """(B, k) q and P of some columns."""
@@ -98,7 +99,7 @@ class _Softmax:
     @property
     def lse(self) -> Enclosure:
         value = self.largest + self.tail.value
-        moved = self.growth * (self.spread_rest + self.spread_largest)
+        moved = self.moved_rest + self.moved_largest
         return Enclosure(value, moved + self.tail.radius + rounding(value))[:, 0]
 
     def moments(self, weight: Tensor, step: int) -> tuple[Enclosure, Enclosure]:
