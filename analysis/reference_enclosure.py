@@ -1,13 +1,14 @@
 """`Enclosure`: fp64 tensors with a rigorous elementwise radius (midpoint-radius arithmetic), on any device.
 
-Every operation returns a value and a radius such that |value - exact| <= radius for every exact operand inside the radii of its
-arguments. A rounding costs U = 2^-53 of the result; sums and products of length n cost n U of the sum of absolute values, in
-whatever order they are added (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); exp, expm1, log1p and tanh
-are taken to be within `ULPS` units in the last place, which a test measures. The radii are themselves computed in fp64: their
-own relative error, far below 2^-20, and the terms of second order are covered once, by `inflated`, at the end.
+Every operation returns a value and a radius such that |value - exact| <= radius for every exact operand inside the
+radii of its arguments. A rounding costs U = 2^-53 of the result; sums and products of length n cost n U of the sum of
+absolute values, in whatever order they are added (Higham, Accuracy and Stability of Numerical Algorithms, section
+3.1); exp, expm1, log1p and tanh are taken to be within `ULPS` units in the last place, which a test measures. The
+radii are themselves computed in fp64: their own relative error, far below 2^-20, and the terms of second order are
+covered once, by `inflated`, at the end.
 
-Assumed: no overflow, classical (not Strassen-like, not emulated) fp64 products. Underflow costs at most TINY and is counted where
-it can happen.
+Assumed: no overflow, classical (not Strassen-like, not emulated) fp64 products. Underflow costs at most TINY and is
+counted where it can happen.
 """
 
 from __future__ import annotations

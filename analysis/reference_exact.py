@@ -1,7 +1,8 @@
-"""The truth in ball arithmetic (python-flint, 128 bits) and in mpmath (50 digits): the formulas of `references.py`, number by number.
+"""The truth in ball arithmetic (python-flint, 128 bits) and in mpmath (50 digits), number by number.
 
-Written for small shapes and for reading: lists of numbers, one row after another. Balls carry a rigorous radius through every
-operation, so that nothing about cancellation need be thought of here; mpmath's digits beyond 34 are its margin.
+The formulas stand in `references.py`. Written for small shapes and for reading: lists of numbers, one row after
+another. Balls carry a rigorous radius through every operation, so that nothing about cancellation need be thought of
+here; mpmath's digits beyond 34 are its margin.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The truth in fp64, with a computed certificate: blocks of tokens, each with its whole row of logits, on any device.
 
-The formulas stand in `references.py`. Radii are carried along by `Enclosure`; by hand is only what correlated errors demand:
-the surprisals. Let Delta_j bound the error of logit j. By the mean value theorem the error of q_j = lse - z_j is at most
-sum_{k != j} P_k Delta_k + (1 - P_j) Delta_j at some point between, where P and 1 - P are at most exp(2 max Delta) times what they are here.
-For the column of a confident row's target both terms are of the size of 1 - P_j: that is why 1 - P_t keeps its relative accuracy.
+The formulas stand in `references.py`. Radii are carried along by `Enclosure`; by hand is only what correlated errors
+demand: the surprisals. Let Delta_j bound the error of logit j. By the mean value theorem the error of q_j = lse - z_j
+is at most sum_{k != j} P_k Delta_k + (1 - P_j) Delta_j at some point between, where P and 1 - P are at most exp(2 max
+Delta) times what they are here. For the column of a confident row's target both terms are of the size of 1 - P_j:
+that is why 1 - P_t keeps its relative accuracy.
 """
 
 from __future__ import annotations

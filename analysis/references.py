@@ -1,23 +1,27 @@
-"""The truth: loss and gradients of a linear cross-entropy head in three independent arithmetics, each with a certificate.
+"""The truth: loss and gradients of a linear cross-entropy head in three arithmetics, each with a certificate.
 
     truth(problem, objective, method="fp64" | "balls" | "mpmath") -> Truth
 
-`fp64` runs at any size on any device, `balls` (128-bit ball arithmetic) and `mpmath` (50 digits) at small shapes. Every result
-carries `radius`, a rigorous elementwise bound of its own error, so that a test needs no tolerance: |out - truth| <= bound + radius.
+`fp64` runs at any size on any device, `balls` (128-bit ball arithmetic) and `mpmath` (50 digits) at small shapes.
+Every result carries `radius`, a rigorous elementwise bound of its own error, so that a test needs no tolerance:
+|out - truth| <= bound + radius.
 
 With z = cap(e c^T + bias) / temperature and the heads nll, lse, entropy, smooth of `problem.py`, a call is
 
-    loss_i = nll_coef w_t (1 - eps) nll_i + (eps / V + smooth_coef) smooth_i + lse_coef lse_i + z_loss lse_i^2 + entropy_coef H_i
+    loss_i = nll_coef w_t (1 - eps) nll_i + (eps / V + smooth_coef) smooth_i + lse_coef lse_i + z_loss lse_i^2
+             + entropy_coef H_i
     value  = loss (none) | sum_i loss_i (sum) | sum_i loss_i / denominator (mean)
 
-with eps the label smoothing, w the class weights, and the denominator of F.cross_entropy: the number of tokens that are not
-ignored, or the sum of their w_t with class weights. It is NaN when all are ignored; the gradients are then 0.
+with eps the label smoothing, w the class weights, and the denominator of F.cross_entropy: the number of tokens that
+are not ignored, or the sum of their w_t with class weights. It is NaN when all are ignored; the gradients are then 0.
 
-Everything is in terms of the surprisals q_ij = -log P_ij. With k the largest logit of row i and l = log1p(sum_{j != k} exp(z_j - z_k)),
+Everything is in terms of the surprisals q_ij = -log P_ij. With k the largest logit of row i and
+l = log1p(sum_{j != k} exp(z_j - z_k)),
 
     q_j = (z_k - z_j) + l,    P_j = exp(-q_j),    1 - P_j = -expm1(-q_j),    lse = z_k + l,    H = sum_j P_j q_j,
 
-sums of non-negative terms all: no row is too confident for full relative accuracy (Blanchard, Higham and Higham 2021, for l).
+sums of non-negative terms all: no row is too confident for full relative accuracy (Blanchard, Higham and Higham 2021,
+for l).
 """
 
 from __future__ import annotations
@@ -42,8 +46,9 @@ _T = TypeVar("_T")
 class Objective:
     """What is made of the heads: the whole call beyond the flat problem. Coefficients are numbers or (N,) tensors.
 
-    `grad_out` is the gradient that arrives at the value: a number, or (N,) for reduction "none"; it scales the gradients alone.
-    `class_weight` (V,) weighs both the nll and the smooth head; without it the smooth head uses `problem.column_weight`.
+    `grad_out` is the gradient that arrives at the value: a number, or (N,) for reduction "none"; it scales the
+    gradients alone. `class_weight` (V,) weighs both the nll and the smooth head; without it the smooth head uses
+    `problem.column_weight`.
     """
 
     reduction: str = "mean"
@@ -95,7 +100,7 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class Quantities:
-    """What a call computes, or the error radii of it: fp64 tensors. Ignored tokens have 0 in every per-token quantity."""
+    """What a call computes, or the error radii of it: fp64 tensors. Ignored tokens are 0 in per-token quantities."""
 
     loss: Tensor  # (N,) per token, before the reduction
     value: Tensor  # () reduced; (N,), equal to loss, for reduction "none"
@@ -111,7 +116,7 @@ class Quantities:
 
 @dataclass(frozen=True, eq=False)
 class Truth(Quantities):
-    """The quantities as doubles, with `radius`: |quantity - exact| <= radius, elementwise; 0 where a quantity is not finite."""
+    """The quantities, with `radius`: |quantity - exact| <= radius, elementwise; 0 where a quantity is not finite."""
 
     radius: Quantities
 
@@ -130,11 +135,12 @@ def truth(
         objective: reduction, upstream gradient, coefficients.
         method: "fp64" (any size), "balls" (needs python-flint) or "mpmath"; the last two on the CPU at small shapes.
         device: where "fp64" computes and where the result lies; None: where e lies.
-        chunk: (tokens, columns) of a block of the fp64 method; None: chosen for the device. The rows of a token block hold
-            all V logits, 16 bytes each, twice that with a softcap.
+        chunk: (tokens, columns) of a block of the fp64 method; None: chosen for the device. The rows of a token
+            block hold all V logits, 16 bytes each, twice that with a softcap.
 
-    Special values: bias -inf masks a column (P = 0; with a softcap z = -softcap / temperature as the formula says); a masked
-    target has loss inf and 1 - P_t = 1. All ignored: value 0 (sum) or NaN (mean), gradients 0.
+    Special values: bias -inf masks a column (P = 0; with a softcap z = -softcap / temperature, as the formula says); a
+    masked target has loss inf and 1 - P_t = 1. All ignored: value 0 (sum) or NaN (mean), gradients 0.
+
     Raises: ValueError for an unknown method or reduction.
     """
     objective = Objective() if objective is None else objective
