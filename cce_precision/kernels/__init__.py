@@ -1,24 +1,83 @@
-"""The passes as Triton kernels."""
+"""The passes as Triton kernels. Importing this costs nothing; Triton is imported by the first call that runs one.
+
+Guarantees: no host synchronisation (a CUDA graph captures both passes), the current device and stream, 64-bit offsets, no atomics:
+every result is bitwise repeatable. Where a call cannot run, `supports` says why.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
+import torch
 from torch import Tensor
 
+from ..numerics import FilterKind, Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
 __all__ = ["backward", "forward", "supports"]
 
 
+@functools.lru_cache(maxsize=None)
+def _machine(device: torch.device) -> str | None:
+    """Why no kernel can run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        from triton import knobs
+
+        return None if device.type == "cpu" and knobs.runtime.interpret else f"the kernels run on CUDA devices, not on {device.type}"
+    if torch.version.cuda is None:
+        return "the kernels are tested on NVIDIA devices alone"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 (Ampere) or newer; this device has {major}.{minor}"
+    if not hasattr(torch.ops.aten.mm, "dtype_out"):
+        return "this PyTorch has no 16-bit product with fp32 output (torch.mm with out_dtype)"
+    return None
+
+
+def _variant(variant: Variant, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes a variant, or None."""
+    if variant.path is not Path.TILED:
+        return f"impl {variant.name!r} is plain PyTorch and has no kernel"
+    if variant.operand in (Operand.FP32, Operand.FP32_ABOVE) and dtype is not torch.float32:
+        return f"an fp32 operand beside {dtype} inputs has no kernel (impl {variant.name!r})"
+    for filt in (variant.filter_e, variant.filter_c):
+        if filt.kind is not FilterKind.NONE:
+            return f"the {filt.kind.value} filter of impl {variant.name!r} has no kernel"
+    return None
+
+
 def supports(problem: Problem, plan: Plan) -> str | None:
-    """None if the kernels can run this call, else the reason why not."""
-    return "the Triton kernels are not part of this version"
+    """None if the kernels can run this call, else the reason why not, as a sentence without a full stop."""
+    if problem.e.dtype is not problem.c.dtype:
+        return f"the kernels need e and c in one dtype, got {problem.e.dtype} and {problem.c.dtype}"
+    if problem.e.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels take bfloat16, float16 and float32, not {problem.e.dtype}"
+    if problem.v == 0 or problem.d == 0:
+        return "the kernels need at least one column and one feature"
+    return _machine(problem.e.device) or _variant(plan.variant, problem.e.dtype)
 
 
 def forward(problem: Problem, plan: Plan) -> Heads:
-    raise NotImplementedError(supports(problem, plan))
+    """The heads of every token, fp32; see kernels/heads.py."""
+    from .heads import forward as run
+
+    with _on(problem.e.device):
+        return run(problem, plan)
 
 
 def backward(
     problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool], seed: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    raise NotImplementedError(supports(problem, plan))
+    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which have no kernel."""
+    from .dense import dense_backward
+
+    with _on(problem.e.device):
+        return dense_backward(problem, plan, heads, upstream, need)
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device: make it the tensors' own."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -6,7 +6,6 @@ The label's entry is 0 (its term is added apart, in fp32) or the given label ter
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .forward import operand
+from .heads import operand
 from .launch import Config, descriptor_fits, precision_of, tuned
-from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, wide
+from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
+from .terms import RowTerms
 
-__all__ = ["RowTerms", "write_dz"]
+__all__ = ["write_dz"]
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def dz_kernel(
     weight,  # (W,) column weights of the smooth head, or unused
     targets,  # (N,) int64 positions in visiting order, -1 where ignored
     rows_terms,  # (5, N) fp32: lse, alpha, kappa, entropy, sigma
-    label,  # (N,) fp32 the label's entry of dZ before the slope, or unused
+    label,  # (N,) fp32 the label's entry of dZ: before the slope where it stands in dz, after it where apart
     dz,  # (N, W) operand dtype: descriptor or pointer
     dz_low,  # (N, W) what rounding dz lost, or unused
-    column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, or unused
+    column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     shape,  # (N, W, D)
     stride_e,
     stride_c,
@@ -84,12 +84,15 @@ def dz_kernel(
         x *= factor
         local = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - start - tile * N
         hit = (local >= 0) & (local < N)
+        apart = tl.zeros((N,), tl.float32)  # column sums of the label's terms that stay out of the operand
         if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
             own = (columns - tile * N)[None, :] == local[:, None]
             if LABEL:
                 x = tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], x)
             else:
                 x = tl.where(own, 0.0, x)
+                if SUMS:
+                    apart = tl.sum(tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], 0.0), 0)
         if SMOOTH:
             sigma = tl.load(rows_terms + wide(n) * 4 + rows, mask=inside, other=0.0)
             if WEIGHT:
@@ -99,14 +102,14 @@ def dz_kernel(
         x *= slope
         if SUMS:
             out = column_sums + wide(width) * block + columns
-            tl.store(out, tl.sum(tl.where(inside[:, None], x, 0.0), 0), mask=columns < width)
-        high = x.to(DTYPE)
+            tl.store(out, apart + tl.sum(tl.where(inside[:, None], x, 0.0), 0), mask=columns < width)
+        high = round_to(x, DTYPE)
         if TMA:
             dz.store([block * M, tile * N], high)
         else:
             store_tile(dz, stride_dz, rows, columns, inside, columns < width, high)
         if SPLIT:
-            low = (x - high.to(tl.float32)).to(DTYPE)
+            low = round_to(x - high.to(tl.float32), DTYPE)
             if TMA:
                 dz_low.store([block * M, tile * N], low)
             else:
@@ -117,18 +120,6 @@ def dz_kernel(
 def store_tile(x, stride, i, j, inside_i, inside_j, value):
     place = i[:, None].to(tl.int64) * stride[0] + j[None, :].to(tl.int64) * stride[1]
     tl.store(x + place, value, mask=inside_i[:, None] & inside_j[None, :])
-
-
-@dataclass(frozen=True)
-class RowTerms:
-    """What dZ needs of each token. All fp32, upstream factors divided by one power of two so that dZ is O(1)."""
-
-    targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
-    terms: Tensor  # (5, N): lse, alpha, kappa, entropy, sigma
-    label: Tensor  # (N,) the label's entry of dZ, before the slope
-    entropy: bool  # whether kappa matters
-    smooth_inside: bool  # whether -sigma w belongs into x (with a softcap)
-    label_inside: bool  # whether the label's entry belongs into the operand
 
 
 @functools.lru_cache(maxsize=None)

@@ -44,6 +44,17 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """x (fp32) rounded to nearest even. The interpreter truncates to bf16, so there the bits are rounded beforehand."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+        return tl.where(x == x, nearest, x).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def tanh(y):
     """tanh to about 2 ulp: an odd polynomial (relative error 1.5e-8, fitted) below 1/2, 1 - 2 / (1 + exp 2y) above."""
     a = tl.abs(y)
@@ -84,8 +95,8 @@ def kahan_add(total, compensation, value, DTYPE: tl.constexpr):
     """One compensated addition with a pair held in DTYPE; value fp32. Returns the new pair, in DTYPE."""
     old = total.to(tl.float32)
     value = value - compensation.to(tl.float32)
-    new = (old + value).to(DTYPE)
-    return new, ((new.to(tl.float32) - old) - value).to(DTYPE)
+    new = round_to(old + value, DTYPE)
+    return new, round_to((new.to(tl.float32) - old) - value, DTYPE)
 
 
 @triton.jit
@@ -107,13 +118,19 @@ def online_softmax_update(m, s, a, z, scale, ENTROPY: tl.constexpr):
     """
     top = tl.maximum(m, tl.max(z, 1))
     reference = reference_of(top, scale)
-    decay = tl.exp2(m * scale - reference)
+    decay = decay_of(m, top, scale)
     below = z * scale - reference[:, None]  # one fused multiply-add
     p = tl.exp2(below)
     if ENTROPY:
         step = reference - reference_of(m, scale)
         a = decay * (a + s * step) - tl.sum(p * tl.maximum(below, -2048.0), 1)
     return top, decay * s + tl.sum(p, 1), a
+
+
+@triton.jit
+def decay_of(m, top, scale):
+    """2^(scale (m - top)) for m <= top; exactly 1 where they are equal, or a long walk would drift."""
+    return tl.where(m == top, 1.0, tl.exp2((m - top) * scale))
 
 
 @triton.jit

@@ -21,7 +21,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Heads, Plan, Problem
 from .launch import Config, descriptor_fits, precision_of, tuned
-from .primitives import LN2, LOG2E, cap, grouped, load_tile, log1p, multiply_add, online_softmax_update, reference_of, wide
+from .primitives import (
+    LN2,
+    LOG2E,
+    cap,
+    decay_of,
+    grouped,
+    load_tile,
+    log1p,
+    multiply_add,
+    online_softmax_update,
+    reference_of,
+    wide,
+)
 
 __all__ = ["forward"]
 
@@ -163,7 +175,7 @@ def combine_kernel(
         s_other = tl.load(source + step, mask=inside, other=0.0)
         top = tl.maximum(m, m_other)
         reference = reference_of(top, scale)
-        decay, decay_other = tl.exp2(m * scale - reference), tl.exp2(m_other * scale - reference)
+        decay, decay_other = decay_of(m, top, scale), decay_of(m_other, top, scale)
         if ENTROPY:
             a_other = tl.load(source + 2 * step, mask=inside, other=0.0)
             gap = reference - reference_of(m, scale)

@@ -1,0 +1,294 @@
+"""What the backward passes share: row terms of dZ, the targets in order, and small kernels over rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Heads, Plan, Problem, Upstream
+from .primitives import round_to, wide
+
+__all__ = ["RowTerms", "TokensByTarget", "clean_rows", "label_rows", "matvec", "row_terms", "weighted_sum"]
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """What dZ needs of each token. All fp32, upstream factors divided by one power of two so that dZ is O(1)."""
+
+    targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
+    terms: Tensor  # (5, N): lse, alpha, kappa, entropy, sigma; 0 where ignored
+    label: Tensor  # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
+    scale: Tensor  # 0-dim: what the sums are multiplied by at the end, the power of two over the temperature
+    entropy: bool  # whether kappa matters
+    smooth_inside: bool  # whether -sigma w belongs into x (with a softcap)
+    smooth_apart: bool  # whether it is rank one and added apart
+    label_inside: bool  # whether the label's entry stands in the operand
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.terms[4]
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, no host sync."""
+    largest = torch.where(x.isfinite(), x, 0).abs().amax()
+    _, exponent = torch.frexp(largest)
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120) - 1), 1)
+
+
+def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, targets: Tensor) -> RowTerms:
+    """The row terms for targets (N,) in visiting order. Formulas: problem.py."""
+    counts = problem.targets >= 0
+    zero = torch.zeros((), dtype=torch.float32, device=problem.e.device)
+
+    def factor(g: Tensor | None) -> Tensor:
+        return torch.where(counts, zero if g is None else g.to(torch.float32), zero)
+
+    beta, sigma, kappa = factor(upstream.nll), factor(upstream.smooth), factor(upstream.entropy)
+    alpha = beta if upstream.lse is None else beta + factor(upstream.lse)
+    if upstream.smooth is not None:
+        weight = problem.column_weight
+        alpha = alpha + (problem.v if weight is None else weight.sum()) * sigma
+    factors = torch.stack([alpha, beta, kappa, sigma])
+    power = power_of_two(factors)
+    alpha, beta, kappa, sigma = factors / power
+    lse, nll = heads.lse, heads.nll
+    p_t = torch.exp(-nll)
+    label = (alpha - beta) * p_t + beta * torch.expm1(-nll)
+    entropy = zero.expand(problem.n)
+    if upstream.entropy is not None:
+        entropy = heads.entropy
+        label = label - kappa * p_t * (entropy - nll)
+    if problem.softcap is not None and plan.variant.label_apart:
+        label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
+    return RowTerms(
+        targets=targets,
+        terms=torch.stack([lse, alpha, kappa, entropy, sigma]),
+        label=torch.where(counts, label, zero),
+        scale=power / problem.temperature,
+        entropy=upstream.entropy is not None,
+        smooth_inside=upstream.smooth is not None and problem.softcap is not None,
+        smooth_apart=upstream.smooth is not None and problem.softcap is None,
+        label_inside=not plan.variant.label_apart,
+    )
+
+
+@dataclass(frozen=True)
+class TokensByTarget:
+    """The tokens sorted by target, so that the target's terms of one column are one segment, in the order of the tokens."""
+
+    tokens: Tensor  # (N,) int64
+    starts: Tensor  # (V + 1,) int32 segment of column j is [starts[j], starts[j + 1])
+
+    @staticmethod
+    def of(targets: Tensor, v: int) -> TokensByTarget:
+        values, tokens = torch.sort(targets, stable=True)
+        edges = torch.arange(v + 1, device=targets.device)
+        return TokensByTarget(tokens, torch.searchsorted(values, edges, out_int32=True))
+
+
+def clean_rows(problem: Problem) -> Tensor:
+    """e as a contiguous matrix with 0 in ignored rows, so that a NaN there reaches no product. One copy of e."""
+    return torch.where((problem.targets >= 0)[:, None], problem.e, 0).contiguous()
+
+
+@triton.jit
+def label_rows_kernel(
+    out,  # (N, D) fp32
+    c,  # (V, D)
+    targets,  # (N,) rows of c, -1 where ignored
+    label,  # (N,) fp32
+    sigma,  # (N,) fp32
+    shift,  # (D,) fp32
+    d,
+    stride_c,
+    COLUMNS: tl.constexpr,
+    LABEL: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    row = tl.program_id(0)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.zeros((COLUMNS,), tl.float32)
+    target = tl.load(targets + row)
+    if target >= 0:
+        if LABEL:
+            c_t = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0)
+            value = tl.load(label + row) * c_t.to(tl.float32)
+        if SHIFT:
+            value -= tl.load(sigma + row) * tl.load(shift + j, mask=j < d, other=0.0)
+    tl.store(out + wide(d) * row + j, value, mask=j < d)
+
+
+def label_rows(problem: Problem, terms: RowTerms, shift: Tensor | None) -> Tensor:
+    """(N, D) fp32: label_i c_{t_i} where the label stands apart, minus sigma_i shift."""
+    out = torch.empty((problem.n, problem.d), dtype=torch.float32, device=problem.e.device)
+    width = 1024
+    label_rows_kernel[(problem.n, triton.cdiv(problem.d, width))](
+        out,
+        problem.c,
+        problem.targets,
+        terms.label,
+        terms.sigma,
+        out if shift is None else shift,
+        problem.d,
+        tuple(problem.c.stride()),
+        COLUMNS=width,
+        LABEL=not terms.label_inside,
+        SHIFT=shift is not None,
+    )
+    return out
+
+
+@triton.jit
+def finish_columns_kernel(
+    out,  # (V, D) gradient, rows start to start + W
+    total,  # (W, D) fp32 sums
+    e,  # (N, D) contiguous
+    tokens,  # (N,) int64 sorted by target
+    starts,  # (V + 1,) int32
+    label,  # (N,) fp32
+    weight,  # (W,) fp32 or unused
+    shift,  # (D,) fp32 or unused
+    scale,  # () fp32
+    order,  # (V,) row of out for each position, or unused
+    d,
+    start,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LABEL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    row = tl.program_id(0)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(total + wide(d) * row + j, mask=j < d, other=0.0)
+    position = wide(start) + row
+    if LABEL:
+        first, last = tl.load(starts + position), tl.load(starts + position + 1)
+        for i in range(first, last, TOKENS):
+            place = i + tl.arange(0, TOKENS)
+            token = tl.load(tokens + place, mask=place < last, other=0)
+            x = tl.load(label + token, mask=place < last, other=0.0)
+            inside = (place < last)[:, None] & (j < d)[None, :]
+            value += tl.sum(x[:, None] * tl.load(e + token[:, None] * d + j[None, :], mask=inside, other=0).to(tl.float32), 0)
+    if SHIFT:
+        w = 1.0
+        if WEIGHT:
+            w = tl.load(weight + row)
+        value -= w * tl.load(shift + j, mask=j < d, other=0.0)
+    if ORDER:
+        position = tl.load(order + position)
+    value *= tl.load(scale)
+    tl.store(out + position * d + j, round_to(value, out.dtype.element_ty), mask=j < d)
+
+
+def finish_columns(
+    out: Tensor,  # (V, D)
+    total: Tensor,  # (W, D) fp32
+    start: int,
+    e: Tensor,
+    terms: RowTerms,
+    segments: TokensByTarget | None,
+    shift: Tensor | None,
+    weight: Tensor | None,  # (W,)
+    order: Tensor | None,
+) -> None:
+    """out[start : start + W] = the sums plus the target's terms, minus weight x shift, scaled and rounded once."""
+    width, d = total.shape
+    columns = min(512, triton.next_power_of_2(d))
+    finish_columns_kernel[(width, triton.cdiv(d, columns))](
+        out,
+        total,
+        e,
+        total if segments is None else segments.tokens,
+        total if segments is None else segments.starts,
+        terms.label,
+        total if weight is None else weight,
+        total if shift is None else shift,
+        terms.scale,
+        total if order is None else order,
+        d,
+        start,
+        COLUMNS=columns,
+        TOKENS=8,
+        LABEL=segments is not None,
+        SHIFT=shift is not None,
+        WEIGHT=weight is not None,
+        ORDER=order is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def weighted_sum_kernel(
+    x,  # (R, D)
+    weight,  # (R,) fp32 or unused
+    out,  # (blocks, D) fp32
+    rows,
+    d,
+    rows_a_block,
+    stride_x,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    block = tl.program_id(0)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = wide(rows_a_block) * block
+    for i in range(first, tl.minimum(first + rows_a_block, rows), ROWS):
+        r = i + tl.arange(0, ROWS)
+        inside = (r < rows) & (r < first + rows_a_block)
+        place = r[:, None] * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
+        value = tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
+        if WEIGHT:
+            value *= tl.load(weight + r, mask=inside, other=0.0)[:, None]
+        total += value
+    tl.store(out + wide(d) * block + j, tl.sum(total, 0), mask=j < d)
+
+
+def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
+    """sum_i weight_i x_i (D,) fp32 over the rows of x (R, D); fixed order, no atomics."""
+    rows, d = x.shape
+    blocks = max(1, min(256, triton.cdiv(rows, 64)))
+    rows_a_block = triton.cdiv(triton.cdiv(rows, blocks), 16) * 16
+    out = torch.empty((blocks, d), dtype=torch.float32, device=x.device)
+    columns = 128
+    weighted_sum_kernel[(blocks, triton.cdiv(d, columns))](
+        x,
+        out if weight is None else weight,
+        out,
+        rows,
+        d,
+        rows_a_block,
+        tuple(x.stride()),
+        ROWS=16,
+        COLUMNS=columns,
+        WEIGHT=weight is not None,
+    )
+    return out.sum(0)
+
+
+@triton.jit
+def matvec_kernel(x, vector, out, rows, d, stride_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, d, COLUMNS):
+        j = k + tl.arange(0, COLUMNS)
+        place = r[:, None].to(tl.int64) * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
+        value = tl.load(x + place, mask=(r < rows)[:, None] & (j < d)[None, :], other=0).to(tl.float32)
+        total += value * tl.load(vector + j, mask=j < d, other=0.0)[None, :]
+    tl.store(out + r, tl.sum(total, 1), mask=r < rows)
+
+
+def matvec(x: Tensor, vector: Tensor) -> Tensor:
+    """x (R, D) times vector (D,) in fp32."""
+    rows, d = x.shape
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    matvec_kernel[(triton.cdiv(rows, 16),)](x, vector, out, rows, d, tuple(x.stride()), ROWS=16, COLUMNS=256)
+    return out
