@@ -48,7 +48,8 @@ def _forward(
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
     passes = kernels if choose_backend(problem, decoded) == "triton" else eager
-    return tuple(passes.forward(problem, decoded))  # type: ignore[return-value]
+    with torch.autocast(e.device.type, enabled=False):  # the passes choose the dtype of every product themselves
+        return tuple(passes.forward(problem, decoded))  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -82,14 +83,15 @@ def _backward(
     problem = _problem(e, c, bias, targets, weight, decoded)
     passes = kernels if choose_backend(problem, decoded) == "triton" else eager
     empty = e.new_empty(0)
-    gradients = passes.backward(
-        problem,
-        decoded,
-        Heads(heads[0], heads[1], heads[2], empty, empty),
-        Upstream(*(g if g.numel() or not problem.n else None for g in upstream)),
-        (bool(need[0]), bool(need[1]), bool(need[2])),
-        seed,
-    )
+    with torch.autocast(e.device.type, enabled=False):
+        gradients = passes.backward(
+            problem,
+            decoded,
+            Heads(heads[0], heads[1], heads[2], empty, empty),
+            Upstream(*(g if g.numel() or not problem.n else None for g in upstream)),
+            (bool(need[0]), bool(need[1]), bool(need[2])),
+            seed,
+        )
     return tuple(e.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
 
@@ -143,4 +145,5 @@ def heads_of(problem: Problem, plan: Plan, seed: Tensor) -> Heads:
 @torch.no_grad()
 def statistics_of(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Statistics:
     """What the variant's filter keeps of each row. One more pass over the logits, in plain PyTorch."""
-    return eager.statistics(problem, plan, Heads(*(h.detach() for h in heads)), seed)
+    with torch.autocast(problem.e.device.type, enabled=False):
+        return eager.statistics(problem, plan, Heads(*(h.detach() for h in heads)), seed)

@@ -50,14 +50,15 @@ def _expression(
 
 @functools.cache
 def _compiled() -> object:
-    return torch.compile(_expression, dynamic=False)
+    return torch.compile(_expression)
 
 
 def plain_heads(problem: Problem, plan: Plan, want_lse: bool) -> Heads:
     """The heads by stored logits, differentiable by PyTorch; lse is empty unless wanted."""
     expression = _compiled() if plan.variant.path is Path.COMPILED else _expression
-    outputs = expression(  # type: ignore[operator]
-        problem.e, problem.c, problem.targets, problem.bias, problem.column_weight, plan, want_lse
-    )
+    with torch.autocast(problem.e.device.type, enabled=False):  # the inputs are cast already
+        outputs = expression(  # type: ignore[operator]
+            problem.e, problem.c, problem.targets, problem.bias, problem.column_weight, plan, want_lse
+        )
     empty = problem.e.new_zeros(0, dtype=problem.compute_dtype)
     return Heads(*(empty if x is None else x for x in outputs))
