@@ -245,7 +245,8 @@ class Trainer:
         c = self.model.head.weight.detach().clone()
         about = {"stage": name, "steps": str(self.step), "tokens_seen": str(self.tokens_seen)}
         head = Capture(e, c, windows[:, 1:].flatten(), metadata=about)
-        head, master = (as_compact(head), head) if p.save == "compact" else (head.to(torch.bfloat16), None)
+        master = head.to("cpu") if p.save == "compact" else None
+        head = as_compact(master) if master else head.to(torch.bfloat16)
         statistics = head_statistics(head.e, head.c, head.targets)
         numbers = (self.step, self.tokens_seen, self.heldout_loss(), self.train_loss)
         self.stages[name] = Stage(head, master, statistics, *numbers)
@@ -437,13 +438,13 @@ def pretrain(
 def write(run: Trainer, card: dict[str, Any], out: Path) -> None:
     """Writes OUT/card.json and, unless the preset's `save` is "none", OUT/captured-STAGE.safetensors."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     for name, stage in run.stages.items():
         path = out / f"captured-{name}.safetensors"
         if run.preset.save != "none":
             (stage.master or stage.capture).save(path, compact=stage.master is not None)
             if not torch.equal(load_capture(path).c, stage.capture.c.cpu()):
                 raise RuntimeError(f"{path} does not read back as the head that the card describes")
-    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main(
