@@ -55,10 +55,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(
-            f"cce-precision: this command needs the package {package!r}: pip install 'cce-precision[{EXTRAS[package]}]'",
-            file=sys.stderr,
-        )
+        advice = f"pip install 'cce-precision[{EXTRAS[package]}]'"
+        print(f"cce-precision: this command needs the package {package!r}: {advice}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -105,7 +103,8 @@ def memory(
     tokens: int = typer.Option(65536, min=1, help="Tokens of the batch that the columns describe."),
     as_json: bool = typer.Option(False, "--json", help="The rows as JSON."),
 ) -> None:
-    """Memory of logits, activations and weights by model, and how much larger a batch becomes (the paper's Figure 1)."""
+    """Memory of logits, activations and weights by model, and how much larger a batch becomes (the paper's Figure
+    1)."""
     from cce_precision.analysis import memory as figure
 
     with bad_option("--model"):
