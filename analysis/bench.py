@@ -95,9 +95,15 @@ def plan(
         raise ValueError(f"dtype {unknown[0]!r} is not known; known: {', '.join(DTYPES)}")
     if case not in CASES:
         raise ValueError(f"case {case!r} is not known; known: {', '.join(CASES)}")
-    if list(shapes) == auto:
+    asked = list(shapes)
+    if asked == auto:
         shapes = ["gemma2-2b"] if chosen.type == "cuda" else ["cpu"]
     sizes = [shape(text, softcap) for text in shapes]
+    if case == "captured":
+        if asked != auto or scale:
+            raise ValueError("the captured head has one shape: leave --shape and --scale away, or name another case")
+        head = CASES[case]()
+        sizes = [Shape(case, head.n, head.v, head.d, head.softcap if softcap else None)]
     if scale:
         sizes = [size for base in sizes for size in scaled(base, chosen.type)]
     found = tuple(dict.fromkeys(method(text) for text in (DEFAULT[chosen.type] if list(methods) == auto else methods)))

@@ -61,12 +61,12 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def bad_option(option: str) -> Iterator[None]:
-    """Turns a ValueError or TypeError about `option` into the command's own error: one line, exit code 2."""
+def bad_option(option: str | None = None) -> Iterator[None]:
+    """Turns a ValueError or TypeError about an option into the command's own error, with exit code 2."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error), param_hint=f"'{option}'") from None
+        raise typer.BadParameter(str(error), param_hint=None if option is None else f"'{option}'") from None
 
 
 def names(text: str) -> list[str]:
@@ -118,13 +118,13 @@ def memory(
 @app.command()
 def bench(
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    shape: str = typer.Option("auto", "--shape", "--shapes", help="Shapes by name, N,V,D joined by x, or list."),
-    methods: str = typer.Option(
-        "auto", help="Methods by name, separated by commas (WORKSPACE: cce_exact@4096MB), or list."
+    shape: str = typer.Option(
+        "auto", "--shape", "--shapes", help="Shapes: names, NAME@TOKENS or NxVxD, separated by commas."
     ),
-    dtype: str = typer.Option("auto", help="float32, bfloat16, float16, separated by commas."),
+    methods: str = typer.Option("auto", help="Methods by name (cce_exact@4096MB: with that workspace)."),
+    dtype: str = typer.Option("auto", help="bf16, fp16, fp32, separated by commas."),
     case: str = typer.Option("trained", help="The case that fills a shape: init, trained, ..."),
-    repeat: int = typer.Option(0, min=0, help="Timed rounds; 0: as many as fit in about a minute a shape, 5 at least."),
+    repeat: int = typer.Option(0, min=0, help="Timed rounds; 0: as many as fit in a minute a shape, 3 to 30."),
     softcap: bool = typer.Option(True, help="The model's softcap where it has one."),
     scale: bool = typer.Option(False, help="Sweep N and V instead of the named shapes."),
     out: Path = typer.Option(Path("reports/bench"), help="Folder for results.parquet, rows.jsonl and index.html."),
@@ -134,7 +134,7 @@ def bench(
     """Time, memory and error of every method at every shape, in turn in one run, beside the logits product."""
     from cce_precision.analysis import bench as benchmark
 
-    with bad_option("--shape/--methods/--dtype/--device/--case"):
+    with bad_option():
         plan = benchmark.plan(
             device=device, shapes=names(shape), methods=names(methods), dtypes=names(dtype), case=case, scale=scale,
             softcap=softcap, repeat=repeat, out=out, fresh=fresh,
