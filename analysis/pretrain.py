@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, self.table[:, : ids.shape[1]])
-        return self.norm(self.map(x))
+        return self.norm(self.map(x).float())
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (batch, T), as a float32 scalar."""
