@@ -71,7 +71,8 @@ class Enclosure:
     def __mul__(self, other: Enclosure | Tensor | float) -> Enclosure:
         if not isinstance(other, Enclosure):
             value = self.value * other
-            return Enclosure(value, self.radius * abs(other) + rounding(value))
+            scale = other.abs() if isinstance(other, Tensor) else abs(other)
+            return Enclosure(value, self.radius * scale + rounding(value))
         value = self.value * other.value
         radius = self.value.abs() * other.radius + self.radius * other.upper
         return Enclosure(value, radius + rounding(value))

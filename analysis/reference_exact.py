@@ -25,7 +25,7 @@ BITS = 128  # of balls
 DIGITS = 50  # of mpmath
 LEAST = 2.0**-1074  # the smallest positive double
 
-Number = Any  # flint.arb or mpmath.mpf
+Number = Any  # flint.arb or mpmath.mpf; None where a logit or a surprisal is infinite
 Matrix = list[list[Number]]
 
 
@@ -115,13 +115,13 @@ def _transposed(a: Matrix) -> Matrix:
 class _Row:
     """One token: surprisals, probabilities and heads from its logits; None stands for a logit of -inf."""
 
-    def __init__(self, ar: Arithmetic, z: list[Number | None], target: int, weight: Sequence[Number]) -> None:
+    def __init__(self, ar: Arithmetic, z: list[Number], target: int, weight: Sequence[Number]) -> None:
         zero, infinity = ar.number(0), ar.number(math.inf)
         kept = [j for j, logit in enumerate(z) if logit is not None]
         k = max(kept, key=lambda j: ar.double(z[j])[0])
         tail = ar.log1p(sum((ar.exp(z[j] - z[k]) for j in kept if j != k), zero))
-        self.q = [None if logit is None else (z[k] - logit) + tail for logit in z]
-        self.p = [zero if q is None else ar.exp(-q) for q in self.q]
+        self.q: list[Number] = [None if logit is None else (z[k] - logit) + tail for logit in z]
+        self.p: list[Number] = [zero if q is None else ar.exp(-q) for q in self.q]
         self.lse = z[k] + tail
         self.nll = infinity if self.q[target] is None else self.q[target]
         self.p_complement = ar.number(1) if self.q[target] is None else -ar.expm1(-self.q[target])
@@ -179,7 +179,7 @@ class _Call:
         return x
 
 
-def _logits(ar: Arithmetic, problem: Problem, e: Matrix, c: Matrix) -> tuple[list[list[Number | None]], Matrix]:
+def _logits(ar: Arithmetic, problem: Problem, e: Matrix, c: Matrix) -> tuple[list[list[Number]], Matrix]:
     """z (M, V), None where it is -inf, and its derivative with respect to e c^T + bias."""
     bias = [0.0] * problem.v if problem.bias is None else problem.bias.double().tolist()
     temperature, one = ar.number(problem.temperature), ar.number(1)

@@ -27,7 +27,6 @@ for l).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,8 +37,6 @@ __all__ = ["METHODS", "Objective", "Quantities", "Truth", "truth"]
 
 METHODS = ("fp64", "balls", "mpmath")
 REDUCTIONS = ("mean", "sum", "none")
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
