@@ -41,7 +41,9 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "interpreter and not gpu and not slow" \
+		|| test $$? -eq 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not interpreter and not gpu and not slow"
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu

@@ -1,16 +1,16 @@
-"""How every test runs: without a GPU the Triton kernels are interpreted, hypothesis follows a profile, threads are
-few."""
+"""How every test runs: hypothesis follows a profile, threads are few, and what cannot run here says why.
+
+Triton interprets its kernels only if TRITON_INTERPRET=1 is set when it is first imported, and then for the whole process,
+where backend="auto" takes the interpreted kernels. So tests of interpreted kernels carry the marker `interpreter` and run in
+a process of their own (`make test` starts both): TRITON_INTERPRET=1 pytest -m interpreter.
+"""
 
 from __future__ import annotations
 
 import os
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
-
 import pytest
+import torch
 from hypothesis import HealthCheck, Verbosity, settings
 
 # No deadline: a machine's speed is no property of the code. `default` draws the same examples every time, so that a run
@@ -27,11 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        reasons["interpreter"] = "needs TRITON_INTERPRET=1 and a process of its own (make test)"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for marker, reason in reasons.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
