@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cce_precision.analysis.reference_enclosure import TINY, Enclosure, rounding
-from cce_precision.analysis.references import Objective, Quantities, Truth
+from cce_precision.analysis.references import Magnitudes, Objective, Quantities, Truth
 from cce_precision.problem import Problem
 
 CPU_CHUNK = (256, 512)  # (tokens, columns): a block of columns stays in cache
@@ -209,37 +210,69 @@ def _logit_gradient(
     return x
 
 
-def fp64_truth(
-    problem: Problem, objective: Objective, device: torch.device, chunk: tuple[int, int] | None = None
-) -> Truth:
-    """The truth in fp64; see `references.truth`."""
-    n, v, d = problem.n, problem.v, problem.d
+class _Block(NamedTuple):
+    """A token block: its heads, and the gradient with respect to its logits, one block of columns at a time."""
+
+    rows: Tensor  # (B,) tokens
+    e: Tensor  # (B, D) fp64
+    heads: dict[str, Enclosure]  # (B,) each
+    gradient: Iterator[tuple[slice, Tensor, Enclosure]]  # columns, their c (k, D) fp64, x (B, k)
+
+
+def _blocks(call: _Call, chunk: tuple[int, int] | None) -> Iterator[_Block]:
+    problem, device = call.problem, call.device
     tokens, step = chunk or (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
-    tokens = tokens if chunk else max(1, min(tokens, ROW_BUDGET // v))
-    call = _Call(problem, objective, device)
-    names = ("loss", "nll", "lse", "entropy", "smooth", "p_complement")
-    heads = {name: Enclosure.zeros((n,), device) for name in names}
-    de, dc, dbias = (Enclosure.zeros(shape, device) for shape in ((n, d), (v, d), (v,)))
+    tokens = tokens if chunk else max(1, min(tokens, ROW_BUDGET // problem.v))
     for rows in call.valid.split(tokens):
-        e = problem.e[rows.to(problem.e.device)].to(device=device, dtype=torch.float64)  # (B, D)
+        e = problem.e[rows.to(problem.e.device)].to(device=device, dtype=torch.float64)
         targets = call.targets[rows]
         z, slope = _logits(problem, e, step)
         softmax = _Softmax.of(z, step)
         nll, lse = softmax.at(targets), softmax.lse
         entropy, smooth = softmax.moments(call.weight, step)
         label = (-nll).expm1()
-        values = (call.loss(rows, nll, lse, entropy, smooth), nll, lse, entropy, smooth, -label)
-        for name, value in zip(names, values, strict=True):
-            heads[name].add_(rows, value)
-        up = call.upstream(rows, lse)
-        for cols in _slices(v, step):
-            q, p = softmax.block(cols)
-            is_target = _columns(cols, targets) == targets.unsqueeze(1)
-            x = _logit_gradient(p, q, label.column(), is_target, entropy, up, call.weight[cols])
-            x = x if slope is None else x * slope[:, cols]
-            x = x if problem.temperature == 1 else x / problem.temperature
-            de.add_(rows, x.matmul(problem.c[cols].to(e)))
-            dc.add_(cols, x.transpose().matmul(e))
+        heads = {"nll": nll, "lse": lse, "entropy": entropy, "smooth": smooth, "p_complement": -label}
+        heads["loss"] = call.loss(rows, nll, lse, entropy, smooth)
+        yield _Block(
+            rows, e, heads, _gradient(call, softmax, slope, label, entropy, call.upstream(rows, lse), targets, step)
+        )
+
+
+def _gradient(
+    call: _Call,
+    softmax: _Softmax,
+    slope: Enclosure | None,
+    label: Enclosure,
+    entropy: Enclosure,
+    up: _Upstream,
+    targets: Tensor,
+    step: int,
+) -> Iterator[tuple[slice, Tensor, Enclosure]]:
+    """Columns, their c in fp64, and the gradient (B, k) with respect to e c^T + bias there."""
+    for cols in _slices(call.problem.v, step):
+        q, p = softmax.block(cols)
+        is_target = _columns(cols, targets) == targets.unsqueeze(1)
+        x = _logit_gradient(p, q, label.column(), is_target, entropy, up, call.weight[cols])
+        x = x if slope is None else x * slope[:, cols]
+        x = x if call.problem.temperature == 1 else x / call.problem.temperature
+        yield cols, call.problem.c[cols].to(targets.device, torch.float64), x
+
+
+def fp64_truth(
+    problem: Problem, objective: Objective, device: torch.device, chunk: tuple[int, int] | None = None
+) -> Truth:
+    """The truth in fp64; see `references.truth`."""
+    n, v, d = problem.n, problem.v, problem.d
+    call = _Call(problem, objective, device)
+    names = ("loss", "nll", "lse", "entropy", "smooth", "p_complement")
+    heads = {name: Enclosure.zeros((n,), device) for name in names}
+    de, dc, dbias = (Enclosure.zeros(shape, device) for shape in ((n, d), (v, d), (v,)))
+    for block in _blocks(call, chunk):
+        for name, value in block.heads.items():
+            heads[name].add_(block.rows, value)
+        for cols, c, x in block.gradient:
+            de.add_(block.rows, x.matmul(c))
+            dc.add_(cols, x.transpose().matmul(block.e))
             dbias.add_(cols, x.sum(0))
     loss = heads["loss"]
     value = loss if objective.reduction == "none" else loss.sum(0) / call.denominator
@@ -247,3 +280,20 @@ def fp64_truth(
     result = {name: enclosure.inflated() for name, enclosure in result.items()}
     radius = Quantities(**{name: enclosure.radius for name, enclosure in result.items()})
     return Truth(**{name: enclosure.value for name, enclosure in result.items()}, radius=radius)
+
+
+def fp64_magnitudes(
+    problem: Problem, objective: Objective, device: torch.device, chunk: tuple[int, int] | None = None
+) -> Magnitudes:
+    """Sums of absolute terms; see `references.magnitudes`."""
+    de, dc, dbias = (
+        torch.zeros(shape, dtype=torch.float64, device=device)
+        for shape in ((problem.n, problem.d), (problem.v, problem.d), (problem.v,))
+    )
+    for block in _blocks(_Call(problem, objective, device), chunk):
+        for cols, c, x in block.gradient:
+            size = x.value.abs()
+            de[block.rows] += size @ c.abs()
+            dc[cols] += size.T @ block.e.abs()
+            dbias[cols] += size.sum(0)
+    return Magnitudes(de, dc, dbias)

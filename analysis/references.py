@@ -27,13 +27,14 @@ for l).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cce_precision.problem import Problem, Upstream
 
-__all__ = ["METHODS", "Objective", "Quantities", "Truth", "truth"]
+__all__ = ["METHODS", "Magnitudes", "Objective", "Quantities", "Truth", "magnitudes", "truth"]
 
 METHODS = ("fp64", "balls", "mpmath")
 REDUCTIONS = ("mean", "sum", "none")
@@ -118,6 +119,14 @@ class Truth(Quantities):
     radius: Quantities
 
 
+class Magnitudes(NamedTuple):
+    """Sums of the absolute terms of each gradient element, |x| |W|, fp64: what its rounding errors are relative to."""
+
+    dE: Tensor  # (N, D)
+    dC: Tensor  # (V, D)
+    dbias: Tensor  # (V,)
+
+
 def truth(
     problem: Problem,
     objective: Objective | None = None,
@@ -151,3 +160,19 @@ def truth(
 
         return exact_truth(problem, objective, method, device)
     raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
+def magnitudes(
+    problem: Problem,
+    objective: Objective | None = None,
+    device: torch.device | str | None = None,
+    chunk: tuple[int, int] | None = None,
+) -> Magnitudes:
+    """|x| |c|, |x|^T |e| and the column sums of |x|, x being the exact gradient with respect to e c^T + bias.
+
+    Computed as `truth` with method "fp64"; the relative error is of the order of the certificate's.
+    """
+    from cce_precision.analysis.reference_fp64 import fp64_magnitudes
+
+    device = problem.e.device if device is None else torch.device(device)
+    return fp64_magnitudes(problem, Objective() if objective is None else objective, device, chunk)
