@@ -1,8 +1,8 @@
 """How every test runs: hypothesis follows a profile, threads are few, and what cannot run here says why.
 
-Triton interprets its kernels only if TRITON_INTERPRET=1 is set when it is first imported, and then for the whole process,
-where backend="auto" takes the interpreted kernels. So tests of interpreted kernels carry the marker `interpreter` and run in
-a process of their own (`make test` starts both): TRITON_INTERPRET=1 pytest -m interpreter.
+Triton interprets its kernels only if TRITON_INTERPRET=1 is set when it is first imported, and then for the whole
+process, where backend="auto" takes the interpreted kernels. So tests of interpreted kernels carry the marker
+`interpreter` and run in a process of their own (`make test` starts both): TRITON_INTERPRET=1 pytest -m interpreter.
 """
 
 from __future__ import annotations
