@@ -43,9 +43,23 @@ def _variant(variant: Variant, dtype: torch.dtype) -> str | None:
         return f"impl {variant.name!r} is plain PyTorch and has no kernel"
     if variant.operand in (Operand.FP32, Operand.FP32_ABOVE) and dtype is not torch.float32:
         return f"an fp32 operand beside {dtype} inputs has no kernel (impl {variant.name!r})"
-    for filt in (variant.filter_e, variant.filter_c):
-        if filt.kind is not FilterKind.NONE:
-            return f"the {filt.kind.value} filter of impl {variant.name!r} has no kernel"
+    return _filter(variant)
+
+
+def _filter(variant: Variant) -> str | None:
+    """Why no kernel computes a variant's filters, or None."""
+    filters = [f for f in (variant.filter_e, variant.filter_c) if f]
+    for filt in filters:
+        if not filt.by_tile:
+            return f"the {filt.kind.value} element filter of impl {variant.name!r} has no kernel"
+    if not filters:
+        return None
+    if filters[0].eps != filters[-1].eps:
+        return "two tile filters with different thresholds have no kernel"
+    if variant.label_apart or variant.operand is Operand.SPLIT:
+        return "a tile filter beside a label apart or a split operand has no kernel"
+    if any(size not in (16, 32, 64, 128) for size in variant.tile):
+        return f"tiles of {variant.tile} have no kernel; their sides must be 16, 32, 64 or 128"
     return None
 
 
@@ -57,6 +71,8 @@ def supports(problem: Problem, plan: Plan) -> str | None:
         return f"the kernels take bfloat16, float16 and float32, not {problem.e.dtype}"
     if problem.v == 0 or problem.d == 0:
         return "the kernels need at least one column and one feature"
+    if plan.variant.filtered and plan.want_smooth and problem.softcap is not None:
+        return "label smoothing under a softcap has no kernel for filtered variants"
     return _machine(problem.e.device) or _variant(plan.variant, problem.e.dtype)
 
 
@@ -72,10 +88,10 @@ def backward(
     problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool], seed: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which have no kernel."""
-    from .dense import dense_backward
+    from .dense import backward_by_runs
 
     with _on(problem.e.device):
-        return dense_backward(problem, plan, heads, upstream, need)
+        return backward_by_runs(problem, plan, heads, upstream, need)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

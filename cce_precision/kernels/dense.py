@@ -1,24 +1,29 @@
-"""The dense backward: dZ of one run of columns at a time, then two library products.
+"""The backward pass: dZ of one run of columns at a time, then the two products.
 
-For each run of columns a kernel recomputes the logits and writes dZ in the operand's dtype (a hi + lo pair for SPLIT); then
-dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE += dZ C[run] in fp32. No atomics: bitwise repeatable.
-The width of a run follows from the workspace that the caller allows.
+For each run of columns a kernel recomputes the logits and writes dZ in the operand's dtype (a hi + lo pair for SPLIT). An unfiltered
+side takes library products: dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE += dZ C[run] in fp32, which is
+at least as exact as the sum that the record names. A tile-filtered side takes the products of tile_filter.py over the surviving
+tiles alone. No atomics: bitwise repeatable. The width of a run follows from the workspace that the caller allows.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..numerics import Operand
+from ..numerics import Accumulation, Operand
 from ..problem import Heads, Plan, Problem, Upstream
-from .dz import write_dz
-from .terms import TokensByTarget, clean_rows, finish_columns, label_rows, row_terms, weighted_sum
+from .dz import Run, TileFilter, write_dz
+from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, matvec, row_terms, weighted_sum
+from .tile_filter import tile_product
 
-__all__ = ["dense_backward"]
+__all__ = ["backward_by_runs"]
 
 DEFAULT_WORKSPACE_MB = 256
-_NARROWEST = 1024
+NARROWEST = 1024
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -36,69 +41,161 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None
         total.addmm_(a, b)
 
 
+def is_split(problem: Problem, plan: Plan) -> bool:
+    return plan.variant.operand is Operand.SPLIT and problem.operand_dtype is not torch.float32
+
+
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
-    """Columns a run: as many as the workspace holds beside the fp32 sums of dE and the copy of e."""
+    """Columns a run: as many as the workspace holds beside the fp32 sums of dE and the copy of e. A multiple of 256."""
     need_e, need_c, _ = need
+    variant, d = plan.variant, problem.d
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
     size = problem.operand_dtype.itemsize
-    fixed = problem.n * problem.d * (size + (4 if need_e else 0))
-    buffers = 2 if split_operand(problem, plan) else 1
-    column = problem.n * size * buffers + (problem.d * 4 if need_c else 0)
-    width = max(_NARROWEST, (megabytes * 2**20 - fixed) // column // 256 * 256)
+    fixed = problem.n * d * (size + (4 if need_e else 0))
+    column = problem.n * size * (2 if is_split(problem, plan) else 1)
+    column += d * 4 if need_c and not variant.filter_c else 0
+    column += d * size if variant.sort_vocabulary else 0
+    width = max(NARROWEST, (megabytes * 2**20 - fixed) // column // 256 * 256)
     runs = -(-problem.v // width)
     return -(-problem.v // (runs * 256)) * 256
 
 
-def split_operand(problem: Problem, plan: Plan) -> bool:
-    return plan.variant.operand is Operand.SPLIT and problem.operand_dtype is not torch.float32
+def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
+    """Columns by falling mean logit before the softcap, c . mean(e) + bias (V,); None where the filter does not ask for it."""
+    if not (plan.variant.sort_vocabulary and plan.variant.filtered):
+        return None
+    count = (problem.targets >= 0).sum().clamp(min=1)
+    key = matvec(problem.c, weighted_sum(e, None) / count)
+    if problem.bias is not None:
+        key += problem.bias
+    return torch.sort(key, descending=True, stable=True).indices
 
 
-def dense_backward(
+def positions(targets: Tensor, order: Tensor | None) -> Tensor:
+    """Targets (N,) in visiting order; -1 stays -1."""
+    if order is None:
+        return targets
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    return torch.where(targets >= 0, rank[targets.clamp(min=0)], -1)
+
+
+def tile_filter_of(problem: Problem, plan: Plan) -> TileFilter | None:
+    variant = plan.variant
+    filters = [f for f in (variant.filter_e, variant.filter_c) if f]
+    if not filters:
+        return None
+    eps = filters[0].threshold(problem.operand_dtype)
+    return TileFilter(eps, variant.tile, skip=len(filters) == 2, columns=bool(variant.filter_c))
+
+
+@dataclass
+class EmbeddingSums:
+    """dE (N, D) under summation over the runs: fp32 and unscaled, or the gradient itself where a low-precision sum is asked for."""
+
+    total: Tensor
+    lost: Tensor | None
+    accum: Accumulation
+
+    @staticmethod
+    def start(problem: Problem, plan: Plan, terms: RowTerms, shift: Tensor | None) -> EmbeddingSums:
+        accum = plan.variant.accum_e if plan.variant.filter_e else Accumulation.FP32
+        if accum is Accumulation.FP32:
+            return EmbeddingSums(label_rows(problem, terms, shift), None, accum)
+        total = torch.zeros((problem.n, problem.d), dtype=problem.e.dtype, device=problem.e.device)
+        return EmbeddingSums(total, torch.zeros_like(total) if accum is Accumulation.KAHAN else None, accum)
+
+    def result(self, problem: Problem, terms: RowTerms) -> Tensor:
+        if self.accum is not Accumulation.FP32:
+            return self.total
+        out = torch.empty(self.total.shape, dtype=problem.e.dtype, device=self.total.device)
+        return torch.mul(self.total, terms.scale, out=out)
+
+
+def no_tokens(problem: Problem, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of an empty sum."""
+    inputs = (problem.e, problem.c, problem.bias)
+    d_e, d_c, d_bias = (torch.zeros_like(x) if wanted and x is not None else None for x, wanted in zip(inputs, need))
+    return d_e, d_c, d_bias
+
+
+def backward_by_runs(
     problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dE, dC, dbias) in the dtypes of e, c and bias; None where not needed. Sums in fp32, each rounded once."""
+    """(dE, dC, dbias) in the dtypes of e, c and bias; None where not needed."""
+    if problem.n == 0:
+        return no_tokens(problem, need)
+    if not plan.variant.filtered:
+        return walk_runs(problem, plan, heads, upstream, need)
+    # The tokens that count come first, so that ignored ones share no tile with them.
+    first = torch.sort((problem.targets < 0).to(torch.uint8), stable=True).indices
+    select = lambda x: x[first] if x is not None and x.numel() else x  # noqa: E731
+    packed = dataclasses.replace(problem, e=problem.e[first], targets=problem.targets[first])
+    d_e, d_c, d_bias = walk_runs(packed, plan, Heads(*map(select, heads)), Upstream(*map(select, upstream)), need)
+    if d_e is not None:
+        d_e = torch.empty_like(d_e).index_copy_(0, first, d_e)
+    return d_e, d_c, d_bias
+
+
+def walk_runs(
+    problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward_by_runs` for at least one token, in the order in which they stand."""
     need_e, need_c, need_bias = need
     n, v, d, device = problem.n, problem.v, problem.d, problem.e.device
-    terms = row_terms(problem, plan, heads, upstream, problem.targets)
+    variant = plan.variant
     e = clean_rows(problem)
-    weight = problem.column_weight
-    segments = None if terms.label_inside else TokensByTarget.of(problem.targets, v)
+    order = visiting_order(problem, plan, e)
+    targets = positions(problem.targets, order)
+    terms = row_terms(problem, plan, heads, upstream, targets)
+    tile_filter = tile_filter_of(problem, plan)
+    segments = None if terms.label_inside else TokensByTarget.of(targets, v)
     weighted_e = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
-    weighted_c = weighted_sum(problem.c, weight) if terms.smooth_apart and need_e else None
+    weighted_c = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
 
     width = min(run_width(problem, plan, need), -(-v // 8) * 8)
-    dz = torch.empty((2 if split_operand(problem, plan) else 1, n, width), dtype=problem.operand_dtype, device=device)
-    d_e = label_rows(problem, terms, weighted_c) if need_e else None
+    dz = torch.empty((2 if is_split(problem, plan) else 1, n, width), dtype=problem.operand_dtype, device=device)
+    sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
-    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c else None
+    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c and not variant.filter_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
 
     for start in range(0, v, width):
-        run = slice(start, min(start + width, v))
-        size = run.stop - run.start
-        c = problem.c[run]
-        bias = None if problem.bias is None else problem.bias[run]
-        run_weight = None if weight is None else weight[run]
-        operands = [buffer[:, :size] for buffer in dz]
-        sums = write_dz(problem, e, c, start, terms, operands[0], operands[1] if len(operands) > 1 else None, bias, run_weight, need_bias)
+        stop = min(start + width, v)
+        index = slice(start, stop) if order is None else order[start:stop]
+        rows = None if order is None else order[start:stop]
+        run = Run(start, *(None if x is None else x[index] for x in (problem.c, problem.bias, problem.column_weight)))
+        operands = [buffer[:, : stop - start] for buffer in dz]
+        low = operands[1] if len(operands) > 1 else None
+        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter)
         if d_bias is not None and sums is not None:
-            d_bias[run] = sums
+            d_bias[index] = sums
         if d_c is not None and sum_c is not None:
+            total = sum_c[: stop - start]
             for i, x in enumerate(operands):
-                accumulate_product(sum_c[:size], x.T, e, i == 0)
-            finish_columns(d_c, sum_c[:size], start, e, terms, segments, weighted_e, run_weight, None)
-        if d_e is not None:
+                accumulate_product(total, x.T, e, i == 0)
+            finish_columns(d_c, total, start, e, terms, segments, weighted_e, run.weight, rows)
+        elif d_c is not None and alive is not None:
+            tile_product(
+                operands[0], e, alive, d_c, None, terms.scale, variant.tile, variant.accum_c, True,
+                order=rows if rows is not None else torch.arange(start, stop, device=device),
+                factor=run.weight, shift=weighted_e,
+            )  # fmt: skip
+        if sums_e is not None and variant.filter_e and alive is not None:
+            shift = weighted_c if stop == v and sums_e.accum is not Accumulation.FP32 else None
+            tile_product(
+                operands[0], run.c, alive, sums_e.total, sums_e.lost, terms.scale, variant.tile, sums_e.accum, False,
+                factor=terms.sigma, shift=shift,
+            )  # fmt: skip
+        elif sums_e is not None:
             for x in operands:
-                accumulate_product(d_e, x, c, False)
+                accumulate_product(sums_e.total, x, run.c, False)
 
-    out_e = None
-    if d_e is not None:
-        del dz, sum_c
-        out_e = torch.mul(d_e, terms.scale, out=torch.empty((n, d), dtype=problem.e.dtype, device=device))
+    del dz, sum_c
     out_bias = None
     if d_bias is not None and problem.bias is not None:
         if terms.smooth_apart:
-            total = terms.sigma.sum()
-            d_bias -= total if weight is None else weight * total
+            total_sigma = terms.sigma.sum()
+            d_bias -= total_sigma if problem.column_weight is None else problem.column_weight * total_sigma
         out_bias = torch.mul(d_bias, terms.scale).to(problem.bias.dtype)
-    return out_e, d_c, out_bias
+    return None if sums_e is None else sums_e.result(problem, terms), d_c, out_bias

@@ -6,6 +6,8 @@ The label's entry is 0 (its term is added apart, in fp32) or the given label ter
 from __future__ import annotations
 
 import functools
+import struct
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,11 +16,11 @@ from torch import Tensor
 
 from ..problem import Problem
 from .heads import operand
-from .launch import Config, descriptor_fits, precision_of, tuned
+from .launch import Config, architecture, descriptor_fits, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
 from .terms import RowTerms
 
-__all__ = ["write_dz"]
+__all__ = ["Run", "TileFilter", "write_dz"]
 
 
 @triton.jit
@@ -28,10 +30,11 @@ def dz_kernel(
     bias,  # (W,) or unused
     weight,  # (W,) column weights of the smooth head, or unused
     targets,  # (N,) int64 positions in visiting order, -1 where ignored
-    rows_terms,  # (5, N) fp32: lse, alpha, kappa, entropy, sigma
+    rows_terms,  # (6, N) fp32: lse, alpha, kappa, entropy, sigma, 1 - P_t
     label,  # (N,) fp32 the label's entry of dZ: before the slope where it stands in dz, after it where apart
     dz,  # (N, W) operand dtype: descriptor or pointer
     dz_low,  # (N, W) what rounding dz lost, or unused
+    alive,  # (row blocks, column tiles) int32: whether some |P - onehot| of the tile reaches eps; or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     shape,  # (N, W, D)
     stride_e,
@@ -40,12 +43,14 @@ def dz_kernel(
     start,  # position of the first column
     softcap,
     temperature,
+    eps_bits,  # the filter's threshold, its fp32 bits
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, label, split, sums)
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of
+    # surviving tiles alone)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -59,6 +64,8 @@ def dz_kernel(
     LABEL: tl.constexpr = FLAGS[5]
     SPLIT: tl.constexpr = FLAGS[6]
     SUMS: tl.constexpr = FLAGS[7]
+    FILTER: tl.constexpr = FLAGS[8]
+    SKIP: tl.constexpr = FLAGS[9]
     blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
     for unit in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
@@ -77,22 +84,33 @@ def dz_kernel(
         factor = tl.load(rows_terms + wide(n) + rows, mask=inside, other=0.0)[:, None]
         log_p = z * (1.0 / temperature) - lse[:, None]
         x = tl.exp2(log_p * LOG2E)
+        local = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - start - tile * N
+        hit = (local >= 0) & (local < N)
+        some_hit = tl.sum(hit.to(tl.int32)) > 0  # few tiles hold a target
+        if some_hit:
+            x = tl.where(tl.arange(0, N)[None, :] == local[:, None], 0.0, x)
+        survives = True
+        if FILTER:  # as integers non-negative floats keep their order, and NaN is the largest
+            complement = tl.load(rows_terms + wide(n) * 5 + rows, mask=inside & hit, other=0.0)
+            known = tl.where((inside[:, None]) & (columns < width)[None, :], x, 0.0)
+            largest = tl.max(known.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            largest = tl.maximum(largest, tl.max(complement.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+            survives = largest >= eps_bits
+            tl.store(alive + block * tiles + tile, survives.to(tl.int32))
         if ENTROPY:
             kappa = tl.load(rows_terms + wide(n) * 2 + rows, mask=inside, other=0.0)
             entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
             factor = factor - kappa[:, None] * (tl.maximum(log_p, -3.0e38) + entropy[:, None])
         x *= factor
-        local = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - start - tile * N
-        hit = (local >= 0) & (local < N)
         apart = tl.zeros((N,), tl.float32)  # column sums of the label's terms that stay out of the operand
-        if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
-            own = (columns - tile * N)[None, :] == local[:, None]
-            if LABEL:
+        if LABEL:
+            if some_hit:
+                own = tl.arange(0, N)[None, :] == local[:, None]
                 x = tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], x)
-            else:
-                x = tl.where(own, 0.0, x)
-                if SUMS:
-                    apart = tl.sum(tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], 0.0), 0)
+        elif SUMS:
+            if some_hit:
+                own = tl.arange(0, N)[None, :] == local[:, None]
+                apart = tl.sum(tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], 0.0), 0)
         if SMOOTH:
             sigma = tl.load(rows_terms + wide(n) * 4 + rows, mask=inside, other=0.0)
             if WEIGHT:
@@ -101,25 +119,59 @@ def dz_kernel(
                 x -= sigma[:, None]
         x *= slope
         if SUMS:
-            out = column_sums + wide(width) * block + columns
-            tl.store(out, apart + tl.sum(tl.where(inside[:, None], x, 0.0), 0), mask=columns < width)
+            total = apart + tl.sum(tl.where(inside[:, None], x, 0.0), 0)
+            if FLAGS[10]:
+                total = tl.where(survives, total, 0.0)
+            tl.store(column_sums + wide(width) * block + columns, total, mask=columns < width)
         high = round_to(x, DTYPE)
-        if TMA:
-            dz.store([block * M, tile * N], high)
-        else:
-            store_tile(dz, stride_dz, rows, columns, inside, columns < width, high)
+        column = tile * N
+        if SKIP:  # no product reads a dead tile: store it outside, where nothing is written
+            column = tl.where(survives, column, tiles * N)
+        store_tile(dz, stride_dz, block * M, column, n, width, high, M, N, TMA)
         if SPLIT:
             low = round_to(x - high.to(tl.float32), DTYPE)
-            if TMA:
-                dz_low.store([block * M, tile * N], low)
-            else:
-                store_tile(dz_low, stride_dz, rows, columns, inside, columns < width, low)
+            store_tile(dz_low, stride_dz, block * M, tile * N, n, width, low, M, N, TMA)
 
 
 @triton.jit
-def store_tile(x, stride, i, j, inside_i, inside_j, value):
-    place = i[:, None].to(tl.int64) * stride[0] + j[None, :].to(tl.int64) * stride[1]
-    tl.store(x + place, value, mask=inside_i[:, None] & inside_j[None, :])
+def store_tile(x, stride, row, column, rows, columns, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """x[row : row + ROWS, column : column + COLUMNS] = value, inside (rows, columns)."""
+    if TMA:
+        x.store([row, column], value)
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        place = i[:, None].to(tl.int64) * stride[0] + j[None, :].to(tl.int64) * stride[1]
+        tl.store(x + place, value, mask=(i < rows)[:, None] & (j < columns)[None, :])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of columns in visiting order."""
+
+    start: int  # position of the first
+    c: Tensor  # (W, D)
+    bias: Tensor | None  # (W,)
+    weight: Tensor | None  # (W,)
+
+
+@dataclass(frozen=True)
+class TileFilter:
+    """The paper's filter on one or both sides: which tiles count as dead, and who may skip them."""
+
+    eps: float
+    tile: tuple[int, int]
+    skip: bool  # both sides are filtered, so a dead tile need not be written
+    columns: bool  # dC is filtered, and with it dbias
+
+    def config(self, x: Tensor) -> Config:
+        m, n = self.tile
+        if x.device.type != "cuda":
+            return Config(m, n, 16, 4, 1, group=2)
+        if x.element_size() == 4:
+            return Config(m, n, 32, 8, 2)
+        flatten = architecture(x.device) != "sm_80"
+        return Config(m, n, 64 if flatten else 32, 8 if m * n >= 8192 else 4, 4, flatten=flatten)
 
 
 @functools.lru_cache(maxsize=None)
@@ -130,44 +182,45 @@ def multiprocessors(device: torch.device) -> int:
 def write_dz(
     problem: Problem,
     e: Tensor,  # (N, D) contiguous, ignored rows 0
-    c: Tensor,  # (W, D) this run of columns
-    start: int,
+    run: Run,
     terms: RowTerms,
     dz: Tensor,  # (N, W)
     dz_low: Tensor | None,  # (N, W)
-    bias: Tensor | None,  # (W,)
-    weight: Tensor | None,  # (W,)
     want_sums: bool,
-) -> Tensor | None:
-    """Fills dz (and dz_low); returns the column sums (W,) of the unrounded dZ if wanted."""
-    rows = e.shape[0]
-    config = tuned("dz", c, lambda candidate: _launch(problem, e, c, start, terms, dz, dz_low, bias, weight, None, candidate))
-    sums = None
-    if want_sums:
-        sums = torch.empty((triton.cdiv(rows, config.m), c.shape[0]), dtype=torch.float32, device=e.device)
-    _launch(problem, e, c, start, terms, dz, dz_low, bias, weight, sums, config)
-    return None if sums is None else sums.sum(0)
+    tile_filter: TileFilter | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row blocks,
+    column tiles) int32 matrix of surviving tiles."""
+    rows, width = e.shape[0], run.c.shape[0]
+    if tile_filter is None:
+        config = tuned("dz", run.c, lambda candidate: _launch(problem, e, run, terms, dz, dz_low, None, None, None, candidate))
+    else:
+        config = tile_filter.config(run.c)
+    grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
+    sums = torch.empty((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
+    alive = torch.empty(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
+    _launch(problem, e, run, terms, dz, dz_low, sums, alive, tile_filter, config)
+    return None if sums is None else sums.sum(0), alive
 
 
 def _launch(
     problem: Problem,
     e: Tensor,
-    c: Tensor,
-    start: int,
+    run: Run,
     terms: RowTerms,
     dz: Tensor,
     dz_low: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
     sums: Tensor | None,
+    alive: Tensor | None,
+    tile_filter: TileFilter | None,
     config: Config,
 ) -> None:
-    rows, width = e.shape[0], c.shape[0]
-    tma = descriptor_fits(e) and descriptor_fits(c) and descriptor_fits(dz)
+    rows, width = e.shape[0], run.c.shape[0]
+    tma = descriptor_fits(e) and descriptor_fits(run.c) and descriptor_fits(dz)
     tile = [config.m, config.n]
-    weighted = terms.smooth_inside and weight is not None
+    weighted = terms.smooth_inside and run.weight is not None
     flags = (
-        bias is not None,
+        run.bias is not None,
         problem.softcap is not None,
         terms.entropy,
         terms.smooth_inside,
@@ -175,27 +228,32 @@ def _launch(
         terms.label_inside,
         dz_low is not None,
         sums is not None,
+        tile_filter is not None,
+        tile_filter is not None and tile_filter.skip,
+        tile_filter is not None and tile_filter.columns,
     )
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
     unused = terms.terms
     dz_kernel[(min(units, multiprocessors(e.device)),)](
         operand(e, [config.m, config.k], tma),
-        operand(c, [config.n, config.k], tma),
-        bias if bias is not None else unused,
-        weight if weighted else unused,
+        operand(run.c, [config.n, config.k], tma),
+        run.bias if run.bias is not None else unused,
+        run.weight if weighted else unused,
         terms.targets,
         terms.terms,
         terms.label,
         operand(dz, tile, tma),
         operand(dz if dz_low is None else dz_low, tile, tma),
+        unused if alive is None else alive,
         unused if sums is None else sums,
         (rows, width, problem.d),
         tuple(e.stride()),
-        tuple(c.stride()),
+        tuple(run.c.stride()),
         tuple(dz.stride()),
-        start,
+        run.start,
         float(problem.softcap or 1.0),
         float(problem.temperature),
+        0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0],
         M=config.m,
         N=config.n,
         K=config.k,
@@ -203,7 +261,7 @@ def _launch(
         FLATTEN=config.flatten,
         FLAGS=flags,
         TMA=tma,
-        PRECISION=precision_of(c),
+        PRECISION=precision_of(run.c),
         DTYPE={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dz.dtype],
         num_warps=config.warps,
         num_stages=config.stages,

@@ -44,8 +44,8 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     },
     "dz": {
         "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 4, 3)},
-        "sm_90": {2: Config(128, 256, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)},
-        "sm_100": {2: Config(128, 256, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)},
+        "sm_90": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 32, 4, 3)},
+        "sm_100": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 32, 4, 3)},
     },
 }
 

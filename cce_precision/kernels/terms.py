@@ -20,7 +20,7 @@ class RowTerms:
     """What dZ needs of each token. All fp32, upstream factors divided by one power of two so that dZ is O(1)."""
 
     targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
-    terms: Tensor  # (5, N): lse, alpha, kappa, entropy, sigma; 0 where ignored
+    terms: Tensor  # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, 1 - P_t
     label: Tensor  # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
     scale: Tensor  # 0-dim: what the sums are multiplied by at the end, the power of two over the temperature
     entropy: bool  # whether kappa matters
@@ -67,7 +67,7 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
         label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
     return RowTerms(
         targets=targets,
-        terms=torch.stack([lse, alpha, kappa, entropy, sigma]),
+        terms=torch.stack([torch.where(counts, lse, torch.inf), alpha, kappa, entropy, sigma, torch.where(counts, -torch.expm1(-nll), zero)]),
         label=torch.where(counts, label, zero),
         scale=power / problem.temperature,
         entropy=upstream.entropy is not None,
@@ -154,9 +154,11 @@ def finish_columns_kernel(
     weight,  # (W,) fp32 or unused
     shift,  # (D,) fp32 or unused
     scale,  # () fp32
-    order,  # (V,) row of out for each position, or unused
+    order,  # (W,) row of out for each column of this run, or unused
+    width,
     d,
     start,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     LABEL: tl.constexpr,
@@ -164,27 +166,32 @@ def finish_columns_kernel(
     WEIGHT: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    value = tl.load(total + wide(d) * row + j, mask=j < d, other=0.0)
-    position = wide(start) + row
+    inside = (rows < width)[:, None] & (j < d)[None, :]
+    value = tl.load(total + rows[:, None].to(tl.int64) * d + j[None, :], mask=inside, other=0.0)
+    position = wide(start) + rows
     if LABEL:
-        first, last = tl.load(starts + position), tl.load(starts + position + 1)
-        for i in range(first, last, TOKENS):
-            place = i + tl.arange(0, TOKENS)
-            token = tl.load(tokens + place, mask=place < last, other=0)
-            x = tl.load(label + token, mask=place < last, other=0.0)
-            inside = (place < last)[:, None] & (j < d)[None, :]
-            value += tl.sum(x[:, None] * tl.load(e + token[:, None] * d + j[None, :], mask=inside, other=0).to(tl.float32), 0)
+        for r in tl.static_range(ROWS):
+            row = tl.program_id(0) * ROWS + r
+            if row < width:
+                first, last = tl.load(starts + wide(start) + row), tl.load(starts + wide(start) + row + 1)
+                for i in range(first, last, TOKENS):
+                    place = i + tl.arange(0, TOKENS)
+                    token = tl.load(tokens + place, mask=place < last, other=0)
+                    x = tl.load(label + token, mask=place < last, other=0.0)
+                    own = (place < last)[:, None] & (j < d)[None, :]
+                    term = tl.load(e + token[:, None] * d + j[None, :], mask=own, other=0).to(tl.float32)
+                    value += tl.where((rows == row)[:, None], tl.sum(x[:, None] * term, 0)[None, :], 0.0)
     if SHIFT:
-        w = 1.0
+        w = tl.full((ROWS,), 1.0, tl.float32)
         if WEIGHT:
-            w = tl.load(weight + row)
-        value -= w * tl.load(shift + j, mask=j < d, other=0.0)
+            w = tl.load(weight + rows, mask=rows < width, other=0.0)
+        value -= w[:, None] * tl.load(shift + j, mask=j < d, other=0.0)[None, :]
     if ORDER:
-        position = tl.load(order + position)
-    value *= tl.load(scale)
-    tl.store(out + position * d + j, round_to(value, out.dtype.element_ty), mask=j < d)
+        position = tl.load(order + rows, mask=rows < width, other=0)
+    value = round_to(value * tl.load(scale), out.dtype.element_ty)
+    tl.store(out + position[:, None] * d + j[None, :], value, mask=inside)
 
 
 def finish_columns(
@@ -196,12 +203,12 @@ def finish_columns(
     segments: TokensByTarget | None,
     shift: Tensor | None,
     weight: Tensor | None,  # (W,)
-    order: Tensor | None,
+    order: Tensor | None,  # (W,)
 ) -> None:
     """out[start : start + W] = the sums plus the target's terms, minus weight x shift, scaled and rounded once."""
     width, d = total.shape
-    columns = min(512, triton.next_power_of_2(d))
-    finish_columns_kernel[(width, triton.cdiv(d, columns))](
+    rows, columns = 4, min(512, triton.next_power_of_2(d))
+    finish_columns_kernel[(triton.cdiv(width, rows), triton.cdiv(d, columns))](
         out,
         total,
         e,
@@ -212,10 +219,12 @@ def finish_columns(
         total if shift is None else shift,
         terms.scale,
         total if order is None else order,
+        width,
         d,
         start,
+        ROWS=rows,
         COLUMNS=columns,
-        TOKENS=8,
+        TOKENS=16,
         LABEL=segments is not None,
         SHIFT=shift is not None,
         WEIGHT=weight is not None,
