@@ -125,6 +125,13 @@ def _finite(q: Enclosure) -> Enclosure:
     return Enclosure(q.value.clamp(max=Q_MAX), q.radius)
 
 
+def _weighted(head: Enclosure, coefficient: Enclosure) -> Enclosure:
+    """Their product; 0 for a coefficient of 0, also beside an infinite head."""
+    zero = coefficient.value == 0
+    product = head * coefficient
+    return Enclosure(product.value.masked_fill(zero, 0.0), product.radius.masked_fill(zero, 0.0))
+
+
 @dataclass(frozen=True, eq=False)
 class _Upstream:
     """Gradient of the value with respect to the heads of a token block, (B,) each; `rest` = d/d lse + sum(w) sigma."""
@@ -167,10 +174,10 @@ class _Call:
 
     def loss(self, rows: Tensor, nll: Enclosure, lse: Enclosure, entropy: Enclosure, smooth: Enclosure) -> Enclosure:
         """(B,) loss of each token."""
-        loss = nll * self.nll_coefficient(rows)
+        loss = _weighted(nll, self.nll_coefficient(rows))
         smoothing = self.smooth_coefficient(rows)
         if smoothing is not None:
-            loss = loss + smooth * smoothing
+            loss = loss + _weighted(smooth, smoothing)
         if self.objective.uses("lse"):
             loss = loss + lse * self._coefficient("lse", rows)
         if self.objective.uses("z_loss"):

@@ -82,7 +82,7 @@ class Objective:
 
     def per_token(self, name: str, rows: Tensor) -> Tensor:
         """Coefficient `name` for the tokens `rows`: (B,) fp64, exact."""
-        number = torch.as_tensor(getattr(self, name)).to(device=rows.device, dtype=torch.float64)
+        number = torch.as_tensor(getattr(self, name), dtype=torch.float64, device=rows.device)
         return number.expand(rows.shape) if number.numel() == 1 else number.reshape(-1)[rows]
 
     def uses(self, name: str) -> bool:
@@ -144,8 +144,9 @@ def truth(
         chunk: (tokens, columns) of a block of the fp64 method; None: chosen for the device. The rows of a token
             block hold all V logits, 16 bytes each, twice that with a softcap.
 
-    Special values: bias -inf masks a column (P = 0; with a softcap z = -softcap / temperature, as the formula says); a
-    masked target has loss inf and 1 - P_t = 1. All ignored: value 0 (sum) or NaN (mean), gradients 0.
+    Special values: bias -inf masks a column (P = 0; with a softcap z = -softcap / temperature, as the formula says);
+    a masked target has nll inf and 1 - P_t = 1; a head whose coefficient is 0 takes no part. All ignored: value 0
+    (sum) or NaN (mean), gradients 0.
 
     Raises: ValueError for an unknown method or reduction.
     """
