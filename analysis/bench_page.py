@@ -8,6 +8,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def _html_table(rows: list[Row]) -> str:
 
 def _static(figure: Any) -> str:
     """The figure as inline SVG, which is what shows without JavaScript."""
-    from cce_precision.analysis.figures import draw
+    from cce_precision.analysis.drawing import draw
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.svg"
@@ -208,25 +209,19 @@ def write(rows: list[Row], out: Path) -> Path:
     """Writes `out`/index.html, self-contained. Without plotly the pictures do not move; without matplotlib they need
     plotly."""
     import cce_precision.analysis.bench as bench
+    from cce_precision.analysis.drawing import plotly_figure
 
     jobs = _jobs(rows)
     figures = [figure for figure in (*(picture(job) for job in jobs), *_growth(rows)) if figure]
-    try:
+    script = ""
+    if find_spec("plotly"):
         from plotly.offline import get_plotlyjs
 
-        from cce_precision.analysis.figures import plotly_figure
-
-        library = get_plotlyjs()
         data = json.dumps([plotly_figure(f) for f in figures]).replace("</", "<\\/")
-        script = f"<script>{library}</script><script>const FIGURES = {data};{SCRIPT}</script>"
-    except ImportError:
-        script = ""
+        script = f"<script>{get_plotlyjs()}</script><script>const FIGURES = {data};{SCRIPT}</script>"
 
     def pictured(number: int, figure: Any) -> str:
-        try:
-            still = _static(figure)
-        except ImportError:
-            still = "<p>(no picture: neither plotly nor matplotlib was there)</p>" if not script else ""
+        still = _static(figure) if find_spec("matplotlib") else ""
         title, caption = html.escape(figure.title), html.escape(figure.caption)
         return f'<h3>{title}</h3><p>{caption}</p><div id="figure-{number}">{still}</div>'
 

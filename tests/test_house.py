@@ -45,8 +45,8 @@ RANKS = {
 }
 # What a training run must not pay for, or may not have.
 HEAVY = {
-    "flint", "hypothesis", "liger_kernel", "matplotlib", "mpmath", "pandas", "plotly", "pyarrow", "quack", "ray", "rich",
-    "safetensors", "tokenizers", "transformers", "triton", "typer",
+    "flint", "hypothesis", "liger_kernel", "matplotlib", "mpmath", "pandas", "plotly", "pyarrow", "quack", "ray",
+    "rich", "safetensors", "tokenizers", "transformers", "triton", "typer",
 }  # fmt: skip
 OF_TORCH = {
     "flint",
