@@ -1,0 +1,245 @@
+"""Rigorous bounds of the error of every variant: loss, heads and gradients of one call, evaluated without running it.
+
+    bound(problem, plan, objective, seed=...) -> Quantities     |computed - exact| <= bound, elementwise
+
+The analysis follows the passes line by line (`bounds_logits` forward, `bounds_gradients` backward) with running errors
+(`bounds_model.Computed`): each rounding is charged where it happens, with the magnitude that it has there. Sums and
+products may be added in any order, fused or not; exp, log and tanh may err by `Machine.ulps`. What a filter does is
+known up to the entries that lie within the error of P of its threshold, so it enters with its sign. The bounds are
+computed in fp64 and inflated by 1 + 1e-4 for their own rounding.
+
+`bounds_certificate` bounds the random filters for all seeds at once, and what dropping does from a kernel's statistics.
+
+Sources: Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4 (sums, Kahan's included); Blanchard,
+Higham and Higham, doi 10.1093/imanum/draa038 (log-sum-exp); Blanchard, Higham, Lopez, Mary and Pranesh, hal-02491076
+(block FMA).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows, plain_gradients, tiled_gradients
+from cce_precision.analysis.bounds_logits import Blocks, plain_softmax, tiled_softmax
+from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, MACHINES, Computed, Machine, Precision
+from cce_precision.analysis.references import Objective, Quantities
+from cce_precision.eager.tiles import block_shape, target_positions, vocabulary_order
+from cce_precision.numerics import Path
+from cce_precision.problem import Plan, Problem
+
+__all__ = ["AMPERE", "CPU", "HOPPER", "INFLATION", "MACHINES", "Call", "Machine", "bound"]
+
+INFLATION = 1 + 1e-4  # for the rounding of the bounds themselves
+KEPT = 2**23  # logits up to which a softmax is kept between the forward and the backward bounds
+
+
+class Call:
+    """One call in visiting order, cut into blocks of valid tokens."""
+
+    def __init__(self, problem: Problem, plan: Plan, objective: Objective, machine: Machine) -> None:
+        self.problem, self.plan, self.objective, self.machine = problem, plan, objective, machine
+        self.variant, self.tiled = plan.variant, plan.variant.path is Path.TILED
+        self.p = Precision(problem.compute_dtype, machine.ulps)
+        self.valid = (problem.targets >= 0).nonzero()[:, 0]
+        self.order = vocabulary_order(problem, self.variant, self.valid) if self.tiled else None
+        self.ids = torch.arange(problem.v, device=problem.e.device) if self.order is None else self.order
+        self.targets = target_positions(problem, self.order)
+        self.c = problem.c.detach().double()[self.ids]
+        self.bias = None if problem.bias is None else problem.bias.detach().double()[self.ids]
+        self.weight = objective.column_weight(problem, problem.e.device)[self.ids]
+        self.height, self.width = block_shape(problem, plan, by_tile=self.variant.tile_ordered)
+        if not self.variant.tile_ordered:
+            self.height = max(1, min(len(self.valid), KEPT // problem.v))
+        _, width = block_shape(problem, plan, by_tile=False)
+        self.blocks = Blocks(min(width, problem.v), -(-problem.v // width))
+        self._kept: list[Rows] = []
+
+    def rows(self) -> Iterator[Rows]:
+        """The blocks of valid tokens, computed again each time where they are too many to keep."""
+        if self._kept:
+            yield from self._kept
+            return
+        keep = len(self.valid) * self.problem.v <= KEPT
+        for start in range(0, len(self.valid), self.height):
+            index = self.valid[start : start + self.height]
+            e, targets = self.problem.e.detach()[index].double(), self.targets[index]
+            arguments = (self.problem, e, self.c, self.bias, targets, self.weight, self.machine)
+            softmax = tiled_softmax(*arguments, self.blocks) if self.tiled else plain_softmax(*arguments)
+            block = Rows(slice(start, start + len(index)), index, e, targets, softmax)
+            if keep:
+                self._kept.append(block)
+            yield block
+
+    def head(self, name: str) -> Computed:
+        """A head of all valid tokens, (M,)."""
+        return self._heads[name]
+
+    def forward(self) -> None:
+        names = ("nll", "lse", "entropy", "smooth", "complement")
+        parts: dict[str, list[Computed]] = {name: [] for name in names}
+        for block in self.rows():
+            for name in names:
+                parts[name].append(getattr(block.softmax, name))
+        empty = torch.zeros(0, dtype=torch.float64, device=self.c.device)
+        self._heads = {
+            name: Computed(torch.cat([x.value for x in xs] or [empty]), torch.cat([x.error for x in xs] or [empty]))
+            for name, xs in parts.items()
+        }
+
+    # The objective, as `interface.py` and PyTorch's autograd compute it from the heads.
+
+    def coefficient(self, name: str) -> Computed:
+        return Computed.exact(self.objective.per_token(name, self.valid))
+
+    def denominator(self) -> Computed:
+        if self.objective.reduction != "mean":
+            return Computed.exact(1.0, like=self.c)
+        if self.objective.class_weight is None:
+            return Computed.exact(float(len(self.valid)), like=self.c)
+        weights = Computed.exact(self._token_weight())
+        return weights.sum(0, self.p, self.machine.sum_depth(self.problem.n))
+
+    def _token_weight(self) -> Tensor:
+        """(M,) class weight of each token's target."""
+        return self.weight[self.targets[self.valid]]
+
+    def _nll_coefficient(self) -> Computed:
+        """(M,) what the nll counts in the loss, each factor of it rounded once."""
+        o, p = self.objective, self.p
+        factor = self.coefficient("nll")
+        if o.class_weight is not None:
+            factor = (factor * Computed.exact(self._token_weight())).rounded(p)
+        if o.label_smoothing:
+            kept = Computed.exact(1 - o.label_smoothing, like=self.c).rounded(p)
+            factor = (factor * kept).rounded(p)
+        return factor
+
+    def _smooth_coefficient(self) -> Computed | None:
+        o = self.objective
+        if not (o.label_smoothing or o.uses("smooth")):
+            return None
+        share = Computed.exact(o.label_smoothing / self.problem.v, like=self.c).rounded(
+            self.p, 2 if o.label_smoothing else 0
+        )
+        return self.coefficient("smooth") + share
+
+    def losses(self) -> Computed:
+        """(M,) loss of each token."""
+        p, o = self.p, self.objective
+        plain = o.class_weight is None and not o.label_smoothing and not o.uses("smooth")
+        terms = [(self.head("nll"), self._nll_coefficient())]
+        smooth = self._smooth_coefficient()
+        if smooth is not None:
+            terms.append((self.head("smooth"), smooth))
+        for name in ("lse", "entropy"):
+            if o.uses(name):
+                terms.append((self.head(name), self.coefficient(name)))
+        if o.uses("z_loss"):
+            terms.append(((self.head("lse") * self.head("lse")).rounded(p), self.coefficient("z_loss")))
+        if plain and len(terms) == 1 and bool((terms[0][1].value == 1).all()):
+            return terms[0][0]
+        products = [(head * factor).rounded(p, 2) for head, factor in terms]
+        total, size = products[0], products[0].upper
+        for product in products[1:]:
+            total, size = total + product, size + product.upper
+        return Computed(total.value, total.error + (len(products) - 1) * p.u * (1 + 4 * p.u) * size)
+
+    def value(self, losses: Computed) -> Computed:
+        p = self.p
+        if self.objective.reduction == "none":
+            return losses
+        total = losses.sum(0, p, self.machine.sum_depth(self.problem.n))
+        return total if self.objective.reduction == "sum" else total.over(self.denominator()).rounded(p)
+
+    def factors(self) -> Factors:
+        o, p = self.objective, self.p
+        g = self.coefficient("grad_out")
+        unit = bool((g.value == 1).all())
+        if o.reduction == "mean":
+            g, unit = g.over(self.denominator()).rounded(p), False
+
+        def times(factor: Computed) -> Computed:
+            exact = unit or bool((factor.upper == 1).all())
+            return g * factor if exact else (g * factor).rounded(p)
+
+        lse = entropy = smooth = None
+        if o.uses("lse"):
+            lse = times(self.coefficient("lse"))
+        if o.uses("z_loss"):
+            slope = (self.head("lse") * self.coefficient("z_loss") * Computed.exact(2.0, like=self.c)).rounded(p, 2)
+            lse = times(slope) if lse is None else (lse + times(slope)).rounded(p)
+        if o.uses("entropy"):
+            entropy = times(self.coefficient("entropy"))
+        share = self._smooth_coefficient()
+        if share is not None:
+            smooth = times(share)
+        total = Computed.exact(self.weight).sum(0, p, self.machine.sum_depth(self.problem.v))
+        if self.objective.class_weight is None and self.problem.column_weight is None:
+            total = Computed.exact(float(self.problem.v), like=self.c)
+        return Factors.of(times(self._nll_coefficient()), lse, entropy, smooth, total, p)
+
+    def gradients(self, seed: Tensor) -> GradientBounds:
+        factors, rows = self.factors(), self.rows
+        if not self.tiled:
+            return plain_gradients(self.problem, self.machine, factors, rows, self.c, self.weight)
+        return tiled_gradients(
+            self.problem, self.variant, self.machine, factors, rows, self.c, self.weight, self.ids, self.width, seed
+        )
+
+
+def bound(
+    problem: Problem,
+    plan: Plan,
+    objective: Objective | None = None,
+    *,
+    seed: int = 0,
+    machine: Machine = CPU,
+    gradients: bool = True,
+) -> Quantities:
+    """Elementwise bounds of the error of a call: every entry computed by `plan` is within its bound of the exact one.
+
+    Args:
+        problem: the flat call. softcap and temperature are its own, as in `truth`.
+        plan: the variant and the workspace. Blocks are those of the eager passes.
+        objective: reduction, upstream gradient, coefficients; exact numbers that are representable in the compute
+        dtype, or
+            products that the caller's program rounds once each. The mean nll by default.
+        seed: of the random filters: their draws are known, so the bound is that of this one run.
+        machine: how products, sums and elementary functions round.
+        gradients: False leaves dE, dC and dbias empty.
+
+    Returns fp64 tensors on the device of e; 0 in ignored tokens; inf where nothing can be said (an overflow, or
+    logits so large that their rounding swamps the softmax). Memory: some 20 fp64 copies of one block of logits, of at
+    most 2^23 entries.
+    """
+    call = Call(problem, plan, Objective() if objective is None else objective, machine)
+    call.forward()
+    losses = call.losses()
+    n, d = problem.n, problem.d
+
+    def spread(x: Tensor) -> Tensor:
+        """(M, ...) of the valid tokens as (N, ...)."""
+        return torch.zeros(n, *x.shape[1:], dtype=torch.float64, device=x.device).index_copy(0, call.valid, x)
+
+    value = call.value(losses).error
+    result = {
+        "loss": spread(losses.error),
+        "value": spread(value) if call.objective.reduction == "none" else value,
+        "nll": spread(call.head("nll").error),
+        "lse": spread(call.head("lse").error),
+        "entropy": spread(call.head("entropy").error),
+        "smooth": spread(call.head("smooth").error),
+        "p_complement": spread(call.head("complement").error),
+        "dE": torch.zeros(0, d, dtype=torch.float64),
+        "dC": torch.zeros(0, d, dtype=torch.float64),
+        "dbias": torch.zeros(0, dtype=torch.float64),
+    }
+    if gradients:
+        g = call.gradients(torch.full((), seed, dtype=torch.int64, device=problem.e.device))
+        undo = torch.argsort(call.ids)
+        result |= {"dE": spread(g.d_e), "dC": g.d_c[undo], "dbias": g.d_bias[undo]}
+    return Quantities(**{name: (x * INFLATION).nan_to_num(nan=math.inf, posinf=math.inf) for name, x in result.items()})

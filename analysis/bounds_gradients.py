@@ -1,0 +1,496 @@
+"""Bounds of the backward passes: dE, dC and dbias of the tiled passes, and of PyTorch's own for stored logits.
+
+Whatever a filter decides for certain is known, so its effect enters with its sign, as the exact gradient of a changed
+softmax; all else enters as magnitudes. Rows come in the blocks of the pass where tiles matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax
+from cce_precision.analysis.bounds_model import Computed, Machine, Precision, half_ulp
+from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
+from cce_precision.numerics import Accumulation, Filter, Operand, Variant
+from cce_precision.problem import Problem
+
+__all__ = ["Factors", "GradientBounds", "Rows", "plain_gradients", "tiled_gradients"]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Upstream gradients of the heads of all valid tokens, (M,) each, and what the tiled pass makes of them."""
+
+    nll: Computed  # beta
+    lse: Computed | None
+    entropy: Computed | None  # kappa
+    smooth: Computed | None  # sigma
+    alpha: Computed
+    rest: Computed  # alpha - beta
+
+    @staticmethod
+    def of(
+        nll: Computed,
+        lse: Computed | None,
+        entropy: Computed | None,
+        smooth: Computed | None,
+        total: Computed,
+        p: Precision,
+    ) -> Factors:
+        """`total`: the sum of the column weights."""
+        parts = [] if lse is None else [lse]
+        if smooth is not None:
+            parts.append((total * smooth).rounded(p))
+        if not parts:
+            return Factors(nll, lse, entropy, smooth, nll, Computed.exact(torch.zeros_like(nll.value)))
+        rest = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        alpha = (nll + rest).rounded(p, 2)
+        own = Computed(rest.value, rest.error + alpha.error - (nll.error + rest.error))  # beta's own error cancels
+        return Factors(nll, lse, entropy, smooth, alpha, own.rounded(p))
+
+    def late_scale(self) -> float:
+        """The power of two S that dZ is divided by, or a larger one: matters for underflow alone."""
+        upper = [f.upper for f in (self.alpha, self.nll, self.entropy, self.smooth) if f is not None]
+        largest = torch.stack(upper).amax() if self.nll.value.numel() else torch.zeros(())
+        if not (largest.isfinite() and largest > 0):
+            return 1.0
+        return float(2.0 ** (torch.frexp(largest)[1].clamp(-120, 120) - 1))
+
+    def at(self, place: slice) -> Factors:
+        """The factors of some rows."""
+        return self._each(lambda f: f[place])
+
+    def divided(self, scale: float) -> Factors:
+        return self._each(lambda f: Computed(f.value / scale, f.error / scale))
+
+    def _each(self, change: Callable[[Computed], Computed]) -> Factors:
+        maybe = lambda f: None if f is None else change(f)  # noqa: E731
+        return Factors(
+            change(self.nll),
+            maybe(self.lse),
+            maybe(self.entropy),
+            maybe(self.smooth),
+            change(self.alpha),
+            change(self.rest),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One block of valid tokens."""
+
+    place: slice  # among the valid tokens
+    index: Tensor  # (B,) among all tokens
+    e: Tensor  # (B, D) fp64
+    targets: Tensor  # (B,) in visiting order
+    softmax: Softmax  # columns in visiting order
+
+
+@dataclass(frozen=True, eq=False)
+class GradientBounds:
+    d_e: Tensor  # (M, D), of the valid tokens
+    d_c: Tensor  # (V, D), in visiting order
+    d_bias: Tensor  # (V,)
+
+
+@dataclass(frozen=True, eq=False)
+class _Dz:
+    """dZ (B, V) of a filter: the exact one of the filtered softmax, its error, and what the filter changed."""
+
+    x: Computed  # unrounded
+    y: Computed  # as the second products see it
+    change: Tensor | None  # x of the filtered softmax minus x of the whole one; None without a filter
+    unsure: Tensor | None  # error of `change`
+    executed: Tensor | None  # (tiles,) which column runs are computed at all; None: all
+
+
+class _Tiled:
+    """What all blocks of one tiled backward pass share. Columns are in visiting order throughout."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        variant: Variant,
+        machine: Machine,
+        factors: Factors,
+        c: Tensor,  # (V, D) fp64
+        weight: Tensor,  # (V,) fp64
+        ids: Tensor,  # (V,) vocabulary ids
+        width: int,
+        seed: Tensor,
+    ) -> None:
+        self.problem, self.variant, self.machine, self.c, self.ids, self.width = (
+            problem,
+            variant,
+            machine,
+            c,
+            ids,
+            width,
+        )
+        self.p = Precision(problem.compute_dtype, machine.ulps)
+        self.seed, self.weight = seed, Computed.exact(weight)
+        self.S = factors.late_scale()
+        self.factors = factors.divided(self.S)
+        self.runs = [slice(j, min(j + width, len(c))) for j in range(0, len(c), width)]
+        self.smooth_apart = factors.smooth is not None and problem.softcap is None
+        self.smooth_inside = factors.smooth is not None and problem.softcap is not None
+        self.absolute_c = c.abs()
+
+    def sum_of(self, mode: Accumulation, shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
+        scaled = self.problem.temperature != 1.0
+        return new_sum(
+            mode, shape, self.c, p=self.p, machine=self.machine, operand=self.problem.operand_dtype, dtype=dtype,
+            scale=self.S / self.problem.temperature, scalings=4 if scaled else 0,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def target_term(self, rows: Rows, f: Factors) -> Computed:
+        """(B,) the target's entry of dZ before the slope."""
+        p, s = self.p, rows.softmax
+        p_t = (-s.nll).exp(p)
+        x = (f.rest * p_t).rounded(p) - (f.nll * s.complement).rounded(p)
+        if f.entropy is not None:
+            spread = (s.entropy - s.nll).rounded(p)
+            x = x.rounded(p) - (f.entropy * p_t * spread).rounded(p, 2)
+        return x.rounded(p)
+
+    def target_slope(self, rows: Rows) -> Computed | None:
+        """(B,) the softcap's slope at the target's logit, formed from lse - nll."""
+        softcap, p, s = self.problem.softcap, self.p, rows.softmax
+        if softcap is None:
+            return None
+        assert s.slope is not None
+        factor = self.problem.temperature / softcap
+        z_t = (s.lse - s.nll).rounded(p)
+        t = Computed(z_t.value * factor, z_t.error * factor).rounded(p, 5)
+        value = s.slope.value.gather(1, rows.targets[:, None])[:, 0]
+        error = t.error * (2 * t.value.abs() + t.error) + 3 * p.u * (t.upper**2 + value)
+        return Computed(value, error)
+
+    def dz(self, rows: Rows, filt: Filter, over_columns: bool) -> _Dz:
+        p, s, f = self.p, rows.softmax, self.factors.at(rows.place)
+        is_target = torch.zeros_like(s.p.value, dtype=torch.bool).scatter_(1, rows.targets[:, None], True)
+        nothing = Computed.exact(torch.zeros_like(s.p.value))
+        whole = nothing.where(is_target, s.p)
+        label = None if self.variant.label_apart else self.target_term(rows, f)
+        p_hat, executed, survives = whole, None, None
+        if filt.by_tile:
+            survives, executed = self._surviving(rows, whole, filt.threshold(self.problem.operand_dtype))
+        elif filt:
+            eps = filt.threshold(self.problem.operand_dtype)
+            p_hat = filtered(whole, filt, eps, p, self.seed, rows.index, self.ids, over_columns)
+        x = self._from_probabilities(p_hat, s, f)
+        if label is not None:
+            x = label.column().where(is_target, x)
+        full = self._from_probabilities(whole, s, f).value if filt and not filt.by_tile else x.value
+        if survives is not None:
+            x = Computed(x.value * (survives > 0), torch.where(survives == 1, x.upper, x.error * (survives > 0)))
+        if self.smooth_inside:
+            assert f.smooth is not None
+            part = f.smooth.column() * self.weight
+            x, full = (x - part.rounded(p)).rounded(p), full - part.value
+        if s.slope is not None:
+            x, full = (x * s.slope).rounded(p), full * s.slope.value
+        change = unsure = None
+        if filt:
+            change = x.value - full
+            own = 1.0 if p.u < 2.0**-50 else 2.0**-20  # the error of the fp64 softmax against that of the computed one
+            relative = torch.where(s.p.value > 0, s.p.error / s.p.value, 0.0).clamp(max=1.0)
+            unsure = change.abs() * relative * own + 2.0**-50 * (x.value.abs() + full.abs()) * (change != 0)
+        return _Dz(x, self._operand(x, whole, filt), change, unsure, None if self.smooth_inside else executed)
+
+    def _from_probabilities(self, p_hat: Computed, s: Softmax, f: Factors) -> Computed:
+        p = self.p
+        x = (p_hat * f.alpha.column()).rounded(p)
+        if f.entropy is None:
+            return x
+        clamped = Computed(s.log_p.value.clamp(min=NEGLIGIBLE), s.log_p.error)
+        spread = (clamped + s.entropy.column()).rounded(p)
+        return (x - (p_hat * f.entropy.column() * spread).rounded(p, 2)).rounded(p)
+
+    def _surviving(self, rows: Rows, p_hat: Computed, eps: float) -> tuple[Tensor, Tensor]:
+        """(1, V) 2 where the tile survives for certain, 1 where it may, 0 where it does not; (tiles,) where it may."""
+        u, complement = self.p.u, rows.softmax.complement
+        upper, lower = p_hat.upper.amax(0), (p_hat.value - p_hat.error).amax(0)
+        upper = upper.scatter_reduce(0, rows.targets, complement.upper, "amax")
+        lower = lower.scatter_reduce(0, rows.targets, complement.value - complement.error, "amax")
+        states = []
+        for run in self.runs:
+            certain = bool(lower[run].amax() >= eps * (1 + 2 * u))
+            states.append(2 if certain else 0 if bool(upper[run].amax() < eps * (1 - 2 * u)) else 1)
+        state = torch.tensor(states, device=upper.device)
+        return state.repeat_interleave(self.width)[: p_hat.value.shape[1]][None, :], state > 0
+
+    def _operand(self, x: Computed, whole: Computed, filt: Filter) -> Computed:
+        kind, dtype = self.variant.operand, self.problem.operand_dtype
+        if kind is Operand.FP32 or dtype == self.p.dtype:
+            return x
+        lost = half_ulp(x.upper, dtype)
+        if kind is Operand.SPLIT:
+            lost = half_ulp(lost, dtype)
+        elif kind is Operand.FP32_ABOVE and filt:
+            above = whole.value - whole.error >= filt.threshold(dtype) * (1 + 2 * self.p.u)
+            lost = torch.where(above, 0.0, lost)
+        return Computed(x.value, x.error + lost)
+
+
+def _product(left: Computed, right: Tensor, absolute_right: Tensor, extra: Tensor | None = None) -> Contribution:
+    """left (B, K) times an exact right (K, D)."""
+    error = left.error if extra is None else left.error + extra
+    return Contribution(left.value @ right, error @ absolute_right, left.upper @ absolute_right, right.shape[0])
+
+
+def _transposed(x: Computed) -> Computed:
+    return Computed(x.value.T, x.error.T)
+
+
+def tiled_gradients(
+    problem: Problem,
+    variant: Variant,
+    machine: Machine,
+    factors: Factors,
+    blocks: Callable[[], Iterable[Rows]],
+    c: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    width: int,
+    seed: Tensor,
+) -> GradientBounds:
+    """Bounds for `eager/backward.py`; arguments as of `_Tiled`. `blocks` are those of the pass where tiles matter."""
+    t = _Tiled(problem, variant, machine, factors, c, weight, ids, width, seed)
+    p, (v, d) = t.p, c.shape
+    shared = variant.filter_e == variant.filter_c and not variant.filter_e.random
+    sum_c = t.sum_of(variant.accum_c, (v, d), problem.c.dtype)
+    change_c, unsure_c = torch.zeros_like(c), torch.zeros_like(c)
+    bias = _BiasSum(t, v)
+    weighted_c = _weighted(t, t.weight.value, c, v) if t.smooth_apart else None
+    rows_e: list[Tensor] = []
+    weighted_e = torch.zeros(2, d, dtype=torch.float64, device=c.device)  # sum_i sigma_i e_i: value, absolute
+    sigma_error = torch.zeros(d, dtype=torch.float64, device=c.device)
+    label_terms = torch.bincount(torch.cat([r.targets for r in blocks()] or [ids[:0]]), minlength=v)
+
+    for rows in blocks():
+        dz_e = t.dz(rows, variant.filter_e, True)
+        dz_c = dz_e if shared else t.dz(rows, variant.filter_c, False)
+        e, absolute_e = rows.e, rows.e.abs()
+        rows_e.append(_embedding_bound(t, rows, dz_e, weighted_c))
+        where = None if dz_c.executed is None else dz_c.executed.repeat_interleave(t.width)[:v, None]
+        sum_c.add(_product(_transposed(dz_c.y), e, absolute_e), where)
+        bias.add(dz_c.x)
+        if dz_c.change is not None and dz_c.unsure is not None:
+            change_c += dz_c.change.T @ e
+            unsure_c += dz_c.unsure.T @ absolute_e
+            bias.change += dz_c.change.sum(0)
+            bias.unsure += dz_c.unsure.sum(0)
+        if variant.label_apart:
+            x = _label(t, rows)
+            one_hot = torch.zeros(len(x.value), v, dtype=torch.float64, device=c.device)
+            one_hot.scatter_(1, rows.targets[:, None], 1.0)
+            spread = Computed(x.value[:, None] * one_hot, x.error[:, None] * one_hot)
+            error = (spread.error + p.u * spread.upper).T @ absolute_e
+            values = Contribution(spread.value.T @ e, error, spread.upper.T @ absolute_e, 0, product=False)
+            sum_c.add(values)
+            bias.add_label(spread)
+        if t.smooth_apart:
+            sigma = t.factors.smooth
+            assert sigma is not None
+            part = sigma[rows.place]
+            weighted_e += torch.stack([part.value @ e, part.upper @ absolute_e])
+            sigma_error += part.error @ absolute_e
+    if variant.label_apart:
+        zero = torch.zeros_like(c)
+        sum_c.add(Contribution(zero, zero, zero, label_terms[:, None].double(), product=False))
+    if t.smooth_apart:
+        _smooth_parts(t, sum_c, bias, weighted_e, sigma_error)
+    scale = t.S / problem.temperature
+    d_e = torch.cat(rows_e) if rows_e else torch.zeros(0, d, dtype=torch.float64, device=c.device)
+    return GradientBounds(
+        d_e,
+        sum_c.result() + (change_c.abs() + unsure_c) * scale,
+        bias.result(label_terms),
+    )
+
+
+def _label(t: _Tiled, rows: Rows) -> Computed:
+    """(B,) the target's term, slope included."""
+    x = t.target_term(rows, t.factors.at(rows.place))
+    slope = t.target_slope(rows)
+    return x if slope is None else (x * slope).rounded(t.p)
+
+
+def _weighted(t: _Tiled, left: Tensor, right: Tensor, terms: int) -> Computed:
+    """left (K,) times right (K, D) in the compute dtype, in any order."""
+    value, absolute = left @ right, left.abs() @ right.abs()
+    error = t.machine.products(t.p, terms, absolute, value.abs(), t.p.dtype, exact=False)
+    blocks = len(t.runs)
+    return Computed(value, error + blocks * t.p.u * absolute)
+
+
+def _embedding_bound(t: _Tiled, rows: Rows, dz: _Dz, weighted_c: Computed | None) -> Tensor:
+    """(B, D) bound of these rows of dE."""
+    p, variant, f = t.p, t.variant, t.factors.at(rows.place)
+    total = t.sum_of(variant.accum_e, rows.e.shape, t.problem.e.dtype)
+    if variant.accum_e is not Accumulation.FP32:
+        for j, run in enumerate(t.runs):
+            if dz.executed is None or bool(dz.executed[j]):
+                y = Computed(dz.y.value[:, run], dz.y.error[:, run])
+                total.add(_product(y, t.c[run], t.absolute_c[run]))
+    else:
+        total.add(_product(dz.y, t.c, t.absolute_c))
+    if variant.label_apart or t.smooth_apart:
+        zero = torch.zeros_like(rows.e)
+        part = Computed(zero, zero)
+        if variant.label_apart:
+            part = (_label(t, rows).column() * Computed.exact(t.c[rows.targets])).rounded(p)
+        if t.smooth_apart and weighted_c is not None and f.smooth is not None:
+            product = (f.smooth.column() * Computed(weighted_c.value[None, :], weighted_c.error[None, :])).rounded(p)
+            part = (part - product).rounded(p)
+        total.add(Contribution(part.value, part.error, part.upper, 1, product=False))
+    bound = total.result()
+    if dz.change is not None and dz.unsure is not None:
+        bound = bound + ((dz.change @ t.c).abs() + dz.unsure @ t.absolute_c) * (t.S / t.problem.temperature)
+    return bound
+
+
+class _BiasSum:
+    """Column sums of dZ before the operand's rounding."""
+
+    def __init__(self, t: _Tiled, v: int) -> None:
+        self.t = t
+        zeros = lambda: torch.zeros(v, dtype=torch.float64, device=t.c.device)  # noqa: E731
+        self.value, self.error, self.absolute, self.change, self.unsure = zeros(), zeros(), zeros(), zeros(), zeros()
+        self.depth, self.blocks = 0, 0
+
+    def add(self, x: Computed) -> None:
+        self.value += x.value.sum(0)
+        self.error += x.error.sum(0)
+        self.absolute += x.upper.sum(0)
+        self.depth = max(self.depth, self.t.machine.sum_depth(x.value.shape[0], inner=False))
+        self.blocks += 1
+
+    def add_label(self, x: Computed) -> None:
+        self.value += x.value.sum(0)
+        self.error += x.error.sum(0)
+        self.absolute += x.upper.sum(0)
+
+    def result(self, label_terms: Tensor) -> Tensor:
+        t, p = self.t, self.t.p
+        dtype = p.dtype if t.problem.bias is None else t.problem.bias.dtype
+        additions = (self.depth + self.blocks + 2 + label_terms).double()
+        lost = additions * p.u * (1 + additions * p.u) * self.absolute
+        scale = t.S / t.problem.temperature
+        total = Computed(self.value * scale, (self.error + lost) * scale)
+        total = total.rounded(p, 4 if t.problem.temperature != 1.0 else 0)
+        bound = total.error if dtype == p.dtype else total.stored(dtype).error
+        return bound + (self.change.abs() + self.unsure) * scale
+
+
+def _smooth_parts(t: _Tiled, sum_c: Sum, bias: _BiasSum, weighted_e: Tensor, sigma_error: Tensor) -> None:
+    """The rank-one part -sigma w^T, added to dC and dbias apart."""
+    p, sigma = t.p, t.factors.smooth
+    assert sigma is not None
+    n = len(sigma.value)
+    value, absolute = weighted_e
+    blocks = -(-n // 1024)
+    error = (
+        sigma_error + t.machine.products(p, n, absolute, value.abs(), p.dtype, exact=False) + blocks * p.u * absolute
+    )
+    outer = (t.weight.column() * Computed(value[None, :], error[None, :])).rounded(p)
+    sum_c.add(Contribution(-outer.value, outer.error, outer.upper, 1, product=False))
+    total = sigma.sum(0, p, t.machine.sum_depth(n))
+    part = (t.weight * total).rounded(p)
+    bias.value -= part.value
+    bias.error += part.error
+    bias.absolute += part.upper
+
+
+def plain_gradients(
+    problem: Problem,
+    machine: Machine,
+    factors: Factors,
+    blocks: Callable[[], Iterable[Rows]],
+    c: Tensor,
+    weight: Tensor,
+) -> GradientBounds:
+    """Bounds for PyTorch's autograd of `eager/plain.py`. No late scaling: dZ is rounded as it comes."""
+    p = Precision(problem.compute_dtype, machine.ulps)
+    stored, (v, d) = problem.operand_dtype, c.shape
+    value, error, absolute = (torch.zeros_like(c) for _ in range(3))
+    bias = [torch.zeros(v, dtype=torch.float64, device=c.device) for _ in range(3)]
+    rows_e, n = [], 0
+    for rows in blocks():
+        dz = _plain_dz(problem, machine, factors.at(rows.place), rows, weight, p)
+        n += len(rows.targets)
+        out, size = dz.value @ c, dz.upper @ c.abs()
+        own = dz.error @ c.abs() + machine.products(p, v, size, out.abs(), stored, exact=False)
+        rows_e.append(_stored(Computed(out, own), stored, problem.e.dtype, p))
+        value += dz.value.T @ rows.e
+        error += dz.error.T @ rows.e.abs()
+        absolute += dz.upper.T @ rows.e.abs()
+        for total, part in zip(bias, (dz.value, dz.error, dz.upper), strict=True):
+            total += part.sum(0)
+    error = error + machine.products(p, n, absolute, value.abs(), stored, exact=False)
+    depth = machine.sum_depth(problem.n, inner=False)
+    d_bias = Computed(bias[0], bias[1] + depth * p.u * bias[2])
+    bias_dtype = p.dtype if problem.bias is None else problem.bias.dtype
+    return GradientBounds(
+        torch.cat(rows_e) if rows_e else torch.zeros(0, d, dtype=torch.float64, device=c.device),
+        _stored(Computed(value, error), stored, problem.c.dtype, p),
+        _stored(d_bias, stored, bias_dtype, p),
+    )
+
+
+def _stored(x: Computed, first: torch.dtype, second: torch.dtype, p: Precision) -> Tensor:
+    """Error after rounding to the logits' dtype, and then to the input's."""
+    for dtype in (first, second):
+        if dtype != p.dtype:
+            x = x.stored(dtype)
+    return x.error
+
+
+def _plain_dz(problem: Problem, machine: Machine, f: Factors, rows: Rows, weight: Tensor, p: Precision) -> Computed:
+    """(B, V) gradient of the stored logits, each head's part formed by itself and all added up in some order."""
+    s, stored = rows.softmax, problem.operand_dtype
+    is_target = torch.zeros_like(s.p.value, dtype=torch.bool).scatter_(1, rows.targets[:, None], True)
+    one_hot = Computed.exact(is_target.double())
+    beta = f.nll.column()
+    value = torch.where(is_target, -s.complement.value[:, None], s.p.value) * f.nll.value[:, None]
+    part = (beta * s.p).rounded(p, 2)
+    error = part.error + is_target * (2 * p.u * beta.upper + beta.error * one_hot.value)
+    x, size, parts = Computed(value, error), part.upper + is_target * beta.upper, 1
+    depth = machine.sum_depth(problem.v)
+    through_lse = f.lse
+    if f.smooth is not None:
+        sigma = f.smooth.column()
+        direct = (sigma * Computed.exact(weight)).rounded(p)
+        total = Computed.exact(weight).sum(0, p, depth)
+        rest = (f.smooth * total).rounded(p)
+        through_lse = rest if through_lse is None else (through_lse + rest).rounded(p)
+        x, size, parts = x - direct, size + direct.upper, parts + 1
+    if through_lse is not None:
+        part = (through_lse.column() * s.p_lse).rounded(p, 2)
+        x, size, parts = x + part, size + part.upper, parts + 1
+    if f.entropy is not None:
+        log_p = s.log_p
+        inner = (s.p * Computed(1 + log_p.value, log_p.error).rounded(p)).rounded(
+            p, 2
+        )  # gradient of -H / kappa at log P
+        mean = inner.sum(1, p, depth)
+        part = (inner - (s.p * mean.column()).rounded(p, 2)).rounded(p)
+        part = (f.entropy.column() * part).rounded(p, 2)
+        x, size, parts = x - part, size + part.upper + f.entropy.column().upper * inner.upper, parts + 1
+    x = Computed(x.value, x.error + parts * p.u * size)
+    if problem.temperature != 1.0:
+        x = Computed(x.value / problem.temperature, x.error / problem.temperature).rounded(p, 3)
+    if stored != p.dtype:
+        x = x.stored(stored)
+    if problem.softcap is None:
+        return x
+    assert s.slope is not None
+    low = (lambda y: y.stored(stored)) if stored != p.dtype else (lambda y: y)
+    x = low(Computed(x.value * problem.softcap, x.error * problem.softcap).rounded(p, 2))
+    x = low((x * s.slope).rounded(p, 2))
+    return low(Computed(x.value / problem.softcap, x.error / problem.softcap).rounded(p, 3))

@@ -1,0 +1,385 @@
+"""Bounds of the forward passes: logits, softmax and the four heads, for the tiled passes and for stored logits.
+
+All of it is dense in the rows that it is given: some rows times V in fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_precision.analysis.bounds_model import (
+    LARGEST_EXPONENT,
+    Computed,
+    Machine,
+    Precision,
+    half_ulp,
+    inexact_additions,
+    significand_bits,
+)
+from cce_precision.problem import Problem
+
+__all__ = ["Blocks", "Softmax", "plain_softmax", "precision", "tiled_softmax"]
+
+NEGLIGIBLE = -1024.0  # log P below which a term counts as 0
+NOTHING_LEFT = 1e4  # stands for an infinite gap between the target's logit and the others
+CLOSE_LOOK = 2**20  # products of a block of logits whose bits are looked at one by one
+HOPELESS = 300.0  # logits with larger errors say nothing of the softmax
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a tiled pass cuts the logits: the columns of a block and the number of blocks in a row."""
+
+    width: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """Some rows of the exact softmax and of the errors of what a pass computes for it; (B, V) or (B,)."""
+
+    z: Computed  # (B, V) logits
+    slope: Computed | None  # (B, V) of the softcap
+    tanh: Computed | None  # (B, V) of the softcap's argument
+    log_p: Computed  # (B, V) the exponent of P, as the backward pass forms it; not below NEGLIGIBLE
+    p: Computed  # (B, V)
+    p_lse: Computed  # (B, V) the softmax that the gradient of lse uses: p, but for stored logits
+    nll: Computed  # (B,)
+    lse: Computed  # (B,)
+    complement: Computed  # (B,) 1 - P_t
+    entropy: Computed  # (B,)
+    smooth: Computed  # (B,)
+
+
+def precision(problem: Problem, machine: Machine) -> Precision:
+    return Precision(problem.compute_dtype, machine.ulps)
+
+
+def _certain(x: Computed) -> Computed:
+    """Infinite values have no error: masked columns, whose logits are exactly -inf."""
+    return Computed(x.value, torch.where(x.value.isinf(), 0.0, x.error))
+
+
+def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine) -> Computed:
+    """(B, V) e c^T with fp32 (fp64) accumulation. e (B, D), c (V, D) fp64."""
+    p = precision(problem, machine)
+    value, absolute = e @ c.T, e.abs() @ c.abs().T
+    bits = (significand_bits(problem.e.dtype), significand_bits(problem.c.dtype))
+    available = significand_bits(problem.compute_dtype)
+    exact, inexact = sum(bits) <= available, None
+    if exact and not machine.block and value.numel() * problem.d <= CLOSE_LOOK:
+        largest = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
+        inexact = inexact_additions(e, c, bits, largest, available)
+    error = machine.products(p, problem.d, absolute, value.abs(), problem.operand_dtype, exact, inexact)
+    return Computed(value, error)
+
+
+def _capped(y: Computed, softcap: float, p: Precision, stored: torch.dtype) -> tuple[Computed, Computed]:
+    """tanh(y / softcap) and softcap times it, each step rounded to `stored`; errors by the steepest slope nearby."""
+    x = y.value / softcap
+    ratio = Computed(x, y.error / softcap).rounded(p, 3)
+    if stored != p.dtype:
+        ratio = ratio.stored(stored)
+    t = torch.tanh(x)
+    slope = 1 / torch.cosh(x.clamp(-350, 350)) ** 2
+    steepest = (slope + 0.77 * ratio.error).clamp(max=1.0)  # |tanh''| <= 4 / (3 sqrt 3)
+    # tanh saturates: no error exceeds 2
+    tanh = Computed(t, (steepest * ratio.error).clamp(max=2.0) + p.function * t.abs() + p.tiny)
+    if stored != p.dtype:
+        tanh = tanh.stored(stored)
+    cap = Computed(t * softcap, tanh.error * softcap).rounded(p, 2)
+    return tanh, cap if stored == p.dtype else cap.stored(stored)
+
+
+def _slope(x: Tensor, tanh: Computed, p: Precision) -> Computed:
+    """1 - tanh^2; x is the exact argument."""
+    value = 1 / torch.cosh(x.clamp(-350, 350)) ** 2
+    error = tanh.error * (2 * tanh.value.abs() + tanh.error) + 2 * p.u * (tanh.upper**2 + value)
+    return Computed(value, error)
+
+
+def tiled_logits(
+    problem: Problem, e: Tensor, c: Tensor, bias: Tensor | None, machine: Machine
+) -> tuple[Computed, Computed | None, Computed | None]:
+    """Logits (B, V), slope and tanh, as the tiled passes form them. e (B, D), c (V, D), bias (V,), all fp64."""
+    p = precision(problem, machine)
+    y = products(problem, e, c, machine)
+    if bias is not None:
+        y = _certain(Computed(y.value + bias, y.error).rounded(p))
+    slope = tanh = None
+    if problem.softcap is not None:
+        x = y.value / problem.softcap
+        tanh, y = _capped(y, problem.softcap, p, p.dtype)
+        slope = _slope(x, tanh, p)
+    if problem.temperature != 1.0:
+        y = _certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
+    return y, slope, tanh
+
+
+@dataclass(frozen=True, eq=False)
+class _Exact:
+    """The exact softmax of some rows with logits z, and how far logit errors can move it."""
+
+    z: Tensor  # (B, V)
+    raw: Tensor  # (B, V) errors of the logits; infinite in rows where they leave nothing to say
+    delta: Tensor  # (B, V) the same, 0 where P underflows even in fp64, because that moves nothing
+    target: Tensor  # (B, 1)
+    is_target: Tensor  # (B, V)
+    rest_max: Tensor  # (B,) over the columns but the target
+    rest_sum: Tensor  # (B,) sum exp(z - rest_max) over them
+    q: Tensor  # (B, V) softmax over them, 0 at the target
+    nll: Tensor
+    lse: Tensor
+    p: Tensor  # (B, V)
+    log_p: Tensor  # (B, V)
+    complement: Tensor  # (B,) 1 - P_t
+    entropy: Tensor
+    growth: Tensor  # (B,) exp(2 max delta): how far P can move, relatively
+
+    @staticmethod
+    def of(z: Computed, targets: Tensor) -> _Exact:
+        value, target = z.value, targets[:, None]
+        is_target = torch.zeros_like(value, dtype=torch.bool).scatter_(1, target, True)
+        others = value.masked_fill(is_target, -torch.inf)
+        rest_max = others.amax(1)
+        reference = torch.where(rest_max.isinf(), 0.0, rest_max)
+        terms = torch.exp(others - reference[:, None])
+        rest_sum = terms.sum(1)
+        z_t = value.gather(1, target)[:, 0]
+        gap = reference + torch.log(rest_sum) - z_t
+        tail = torch.log1p(torch.exp(-gap.abs()))
+        nll = gap.clamp(min=0) + tail
+        lse = torch.maximum(z_t + gap, z_t) + tail
+        lse = torch.where(z_t.isinf(), reference + torch.log(rest_sum), lse)
+        complement = -torch.expm1(-nll)
+        q = torch.where(rest_sum[:, None] > 0, terms / rest_sum[:, None], 0.0)
+        p_t = torch.exp(-nll)
+        p = torch.where(is_target, p_t[:, None], q * complement[:, None])
+        log_p = torch.where(is_target, -nll[:, None], value - lse[:, None]).clamp(min=NEGLIGIBLE)
+        entropy = -(p * log_p).sum(1)
+        hopeless = (z.error > HOPELESS).any(1, keepdim=True)
+        delta = torch.where(hopeless, torch.inf, torch.where(p > 0, z.error, 0.0))
+        growth = torch.exp(2 * delta.amax(1))
+        return _Exact(
+            value,
+            torch.where(hopeless, torch.inf, z.error),
+            delta,
+            target,
+            is_target,
+            rest_max,
+            rest_sum,
+            q,
+            nll,
+            lse,
+            p,
+            log_p,
+            complement,
+            entropy,
+            growth,
+        )
+
+    @property
+    def z_t(self) -> Tensor:
+        return self.z.gather(1, self.target)[:, 0]
+
+    @property
+    def delta_t(self) -> Tensor:
+        return self.delta.gather(1, self.target)[:, 0]
+
+    @staticmethod
+    def moved(weights: Tensor, delta: Tensor) -> Tensor:
+        """(B,) log sum_j w_j exp(delta_j): the change of a log-sum-exp with softmax w."""
+        return torch.log1p((weights * torch.expm1(delta)).sum(1))
+
+    def entropy_moved(self) -> Tensor:
+        """(B,) change of the entropy: |dH/dz_j| = P_j |log P_j + H| along the way, where P stays within `growth`."""
+        relative = self.growth - 1
+        spread = self.p * (self.log_p + self.entropy[:, None]).abs()
+        weighted = (self.p * self.delta).sum(1)
+        first = (spread * self.delta).sum(1) + relative * spread.sum(1) * weighted
+        return self.growth * (first + (self.p * self.delta**2).sum(1))
+
+    def smooth_moved(self, weight: Tensor) -> Tensor:
+        """(B,) change of the smooth head: its derivative is sum(w) P_j - w_j."""
+        total = weight.sum()
+        moved = (total * self.p - weight).abs() + total.abs() * self.p * (self.growth - 1)[:, None]
+        return (moved * self.raw).sum(1)
+
+    def probability(self, tau: Tensor, p: Precision) -> Computed:
+        """P from an exponent that is off by tau (B, V)."""
+        return Computed(self.log_p, tau).exp(p)
+
+
+def tiled_softmax(
+    problem: Problem,
+    e: Tensor,  # (B, D) fp64
+    c: Tensor,  # (V, D) fp64
+    bias: Tensor | None,  # (V,) fp64
+    targets: Tensor,  # (B,)
+    weight: Tensor,  # (V,) fp64 column weights
+    machine: Machine,
+    blocks: Blocks,  # of the forward pass
+) -> Softmax:
+    """The heads of the tiled forward pass (`eager/forward.py`) and the softmax of its backward pass."""
+    p = precision(problem, machine)
+    z, slope, tanh = tiled_logits(problem, e, c, bias, machine)
+    x = _Exact.of(z, targets)
+    depth, t = machine.sum_depth(blocks.width), blocks.count
+    # The sum over the other columns: the arguments' roundings add up to u (m - z_j), however many rescalings; each
+    # rescaling costs an exp, a product and a sum.
+    steps = depth + 2 + 5 * (t - 1)
+    rho = _relative(x.rest_max, x.q, x, p, steps)
+    log_s = torch.log(x.rest_sum.clamp(min=1.0)) + 2 * x.delta.amax(1) + rho
+    rest = torch.where(x.rest_sum > 0, x.rest_max + torch.log(x.rest_sum), 0.0)
+    moved = _Exact.moved(x.q, x.delta)
+    arithmetic = rho + p.function * log_s
+    arithmetic = arithmetic + half_ulp(rest.abs() + moved + arithmetic, p.dtype)
+    arithmetic = torch.where(x.rest_sum > 0, arithmetic, 0.0)
+    # nll = softplus(rest - z_t), which is convex with slope 1 - P_t.
+    gap = torch.where((x.rest_sum > 0) & x.z_t.isfinite(), rest - x.z_t, -NOTHING_LEFT)
+    moved_gap = moved + arithmetic + x.delta_t
+    moved_gap = moved_gap + half_ulp(gap.abs() + moved_gap, p.dtype)
+    off = (x.complement * torch.exp(moved_gap.clamp(max=LARGEST_EXPONENT))).clamp(max=1.0) * moved_gap
+    # The tail log1p(exp(-|gap|)) of both costs an exp and a log1p; its derivative with respect to |gap| is at most
+    # exp(-|gap|).
+    tail = torch.log1p(torch.exp((moved_gap - gap.abs()).clamp(max=0.0)))
+    functions = 2 * p.function * (1 + p.function) * tail + 2 * p.tiny
+    off = off + functions
+    nll = _certain(Computed(x.nll, off + half_ulp(x.nll + off, p.dtype)))
+    off = (x.complement * x.growth * torch.exp(arithmetic)).clamp(max=1.0) * arithmetic
+    off = off + functions + half_ulp(gap.abs() + moved_gap, p.dtype) * tail
+    lse_arithmetic = off + half_ulp(x.lse.abs() + off + _Exact.moved(x.p, x.delta), p.dtype)
+    lse = Computed(x.lse, _Exact.moved(x.p, x.delta) + lse_arithmetic)
+
+    tau = x.raw + lse.error[:, None]
+    tau = tau + p.u * (x.log_p.abs() + tau)
+    probability = x.probability(tau, p)
+    return Softmax(
+        z,
+        slope,
+        tanh,
+        Computed(x.log_p, torch.where(x.log_p > NEGLIGIBLE, tau, 0.0)),
+        probability,
+        probability,
+        nll,
+        lse,
+        _complement(nll, p),
+        _tiled_entropy(x, p, steps),
+        _tiled_smooth(x, p, weight, lse_arithmetic, machine, blocks),
+    )
+
+
+def _complement(nll: Computed, p: Precision) -> Computed:
+    """1 - P_t = -expm1(-nll)."""
+    value = -torch.expm1(-nll.value)
+    moved = torch.minimum(torch.exp(-nll.value) * torch.expm1(nll.error.clamp(max=LARGEST_EXPONENT)), 1 + 0 * value)
+    return Computed(value, moved + p.function * (value + moved) + torch.where(value > 0, p.tiny, 0.0))
+
+
+def _relative(largest: Tensor, weights: Tensor, x: _Exact, p: Precision, steps: int) -> Tensor:
+    """(B,) relative error of sum exp(z - largest) with softmax `weights`, for computed logits."""
+    distance = torch.where(weights > 0, largest[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
+    rho = p.u * ((weights * distance).sum(1) + steps) + x.z.shape[1] * p.tiny
+    return rho / (1 - rho).clamp(min=2.0**-20)
+
+
+def _tiled_entropy(x: _Exact, p: Precision, steps: int) -> Computed:
+    """Entropy as log(total) + A / total, A = sum exp(z - m) (m - z): all terms non-negative, so all errors relative."""
+    m = x.z.amax(1)
+    distance = torch.where(x.p > 0, m[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
+    mean = (x.p * distance).sum(1)  # A / total
+    total = _relative(m, x.p, x, p, steps + 8)
+    a = p.u * (x.p * distance**2).sum(1) + 2 * p.u * (steps + 8) * mean + total * mean
+    log_total = x.lse - m + 2 * x.delta.amax(1) + total
+    error = x.entropy_moved() + (a + total) * (1 + total) + p.function * log_total
+    return Computed(x.entropy, error + 2 * p.u * (x.entropy + error))
+
+
+def _tiled_smooth(
+    x: _Exact, p: Precision, weight: Tensor, lse_arithmetic: Tensor, machine: Machine, blocks: Blocks
+) -> Computed:
+    """W (lse - o) - sum_j w_j (z_j - o) with o the largest logit of the first block."""
+    offset = x.z[:, : blocks.width].amax(1).nan_to_num(neginf=0.0)
+    delta = x.delta.amax(1)
+    value = (weight * (x.lse[:, None] - x.z)).sum(1)
+    spread = weight.abs() * ((x.z - offset[:, None]).abs() + 2 * delta[:, None])
+    in_block = machine.sum_depth(blocks.width) if bool((weight == 1).all()) else blocks.width
+    absolute = weight.abs().sum()
+    distance = (x.lse - offset).abs() + lse_arithmetic + 2 * delta
+    error = x.smooth_moved(weight) + p.u * (in_block + blocks.count + 3) * spread.sum(1)
+    error = error + absolute * (lse_arithmetic + p.u * (4 + machine.sum_depth(len(weight))) * distance)
+    return Computed(value, torch.where(value.isfinite(), error + p.u * (value.abs() + error), 0.0))
+
+
+def plain_softmax(
+    problem: Problem,
+    e: Tensor,  # (B, D) fp64
+    c: Tensor,  # (V, D) fp64
+    bias: Tensor | None,  # (V,) fp64
+    targets: Tensor,  # (B,)
+    weight: Tensor,  # (V,) fp64 column weights
+    machine: Machine,
+) -> Softmax:
+    """The heads and the softmax of `eager/plain.py`: logits stored in the common dtype, then PyTorch's operations."""
+    p, stored = precision(problem, machine), problem.operand_dtype
+    y = products(problem, e, c, machine).stored(stored)
+    if bias is not None:
+        b = Computed.exact(bias)
+        assert problem.bias is not None
+        b = b if _holds(stored, problem.bias.dtype) else b.stored(stored)
+        y = _certain((y + b).rounded(p).stored(stored))
+    slope = tanh = None
+    if problem.softcap is not None:
+        x = y.value / problem.softcap
+        tanh, y = _capped(y, problem.softcap, p, stored)
+        slope = _slope(x, tanh, p)
+    if problem.temperature != 1.0:
+        y = _certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
+    z = _Exact.of(y, targets)
+
+    m = z.z.amax(1)
+    steps = machine.sum_depth(problem.v) + 8
+    rho = _relative(m, z.p, z, p, steps)
+    moved, delta = _Exact.moved(z.p, z.delta), z.delta.amax(1)
+    log_s = z.lse - m + 2 * delta + rho
+    tail = rho + p.function * log_s
+    # log_softmax subtracts the maximum first; the heads' log-probabilities are off by `own` beyond the logits' errors.
+    own = tail[:, None] + 3 * p.u * (z.log_p.abs() + z.raw + 2 * delta[:, None])
+    tau = z.raw + moved[:, None] + own
+    at_target = lambda t: t.gather(1, targets[:, None])[:, 0]  # noqa: E731
+    correlated = z.growth * z.complement * ((z.q * z.delta).sum(1) + z.delta_t)
+    nll = _certain(Computed(z.nll, torch.minimum(correlated, moved + z.delta_t) + at_target(own) + p.tiny))
+    lse_arithmetic = tail + p.u * (z.lse.abs() + moved + tail)
+    lse = Computed(z.lse, moved + lse_arithmetic)
+    in_lse = z.raw + lse.error[:, None]
+    in_lse = in_lse + p.u * (z.log_p.abs() + in_lse)
+
+    log_p = z.log_p.abs()
+    entropy = (z.p * ((log_p + 1) * own + (machine.sum_depth(problem.v) + 4 + 2 * machine.ulps) * p.u * log_p)).sum(1)
+    entropy = z.growth * entropy * torch.exp(own.amax(1).clamp(max=1.0)) + z.entropy_moved()
+    gaps = weight.abs() * (z.lse[:, None] - z.z).abs()
+    depth = machine.sum_depth(problem.v) if bool((weight == 1).all()) else problem.v
+    smooth_value = (weight * (z.lse[:, None] - z.z)).sum(1)
+    smooth = z.smooth_moved(weight) + weight.abs().sum() * (lse_arithmetic + (depth + 2) * p.u * (moved + delta))
+    smooth = smooth + (depth + 2) * p.u * gaps.sum(1)
+    return Softmax(
+        y,
+        slope,
+        tanh,
+        Computed(z.log_p, torch.where(z.log_p > NEGLIGIBLE, tau, 0.0)),
+        z.probability(tau, p),
+        z.probability(in_lse, p),
+        nll,
+        lse,
+        _complement(nll, p),
+        Computed(z.entropy, entropy + p.u * z.entropy),
+        Computed(smooth_value, torch.where(smooth_value.isfinite(), smooth, 0.0)),
+    )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of `other` is one of `dtype`."""
+    return torch.promote_types(dtype, other) == dtype

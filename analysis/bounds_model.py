@@ -1,0 +1,244 @@
+"""How a machine rounds: the vocabulary in which `bounds` writes its error analysis.
+
+`Computed` is a running error analysis made of tensors: the exact value of a quantity and a bound of the error of the
+number that a pass holds in its place. Its operators propagate errors through exact arithmetic; `rounded` adds that of
+storing a result. So a bound reads like the pass that it follows. Values and errors are fp64; `bounds` inflates by 1 +
+1e-4 for the rounding of the errors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_precision.numerics import unit_roundoff
+
+__all__ = [
+    "AMPERE",
+    "CPU",
+    "HOPPER",
+    "MACHINES",
+    "Computed",
+    "Machine",
+    "Precision",
+    "half_ulp",
+    "inexact_additions",
+    "significand_bits",
+]
+
+LARGEST_EXPONENT = 600.0  # of a bound: exp beyond it would overflow fp64, and says nothing more
+
+
+def significand_bits(dtype: torch.dtype) -> int:
+    """Bits of the significand, the leading one included: 8, 11, 24, 53 for bf16, fp16, fp32, fp64."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def half_ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest error of rounding to nearest, to `dtype`, a number of at most `magnitude`; inf where that may overflow.
+
+    Between u/2 and u of the magnitude; in the subnormal range half the smallest subnormal.
+    """
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(magnitude)
+    error = torch.ldexp(torch.full_like(magnitude, info.eps / 2), exponent - 1)
+    error = error.clamp(min=info.smallest_normal * info.eps / 2)
+    error = torch.where(magnitude < info.max * (1 + info.eps / 4), error, torch.inf)
+    return torch.where(magnitude == 0, 0.0, error)
+
+
+def _lowest_bit(x: Tensor, bits: int) -> Tensor:
+    """Exponent of the lowest set bit of numbers of `bits` significant bits, (..., ) int; large for 0."""
+    fraction, exponent = torch.frexp(x)
+    integer = (fraction * 2.0**bits).to(torch.int64)
+    _, place = torch.frexp((integer & -integer).double())
+    return torch.where(x == 0, 2**14, exponent - bits + place - 1)
+
+
+def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tensor, p: int) -> Tensor:
+    """(N, V) how many additions of sum_k a_ik b_jk can round, in a sum of `p` significant bits and in any order.
+
+    a (N, D), b (V, D) of `bits` significant bits each; no partial sum exceeds `largest` (N, V). Let w be the ulp of
+    `largest`. Partial sums of products that are multiples of w are exact. A product with lower bits makes its partial
+    sum round, which is then a multiple of its own ulp; clean summands round it again only when it grows into a higher
+    binade, with errors that at least double each time, so all in all by less than w. Partial sums with such products
+    meet at most once less than there are such products: f of them cost 2 f - 1 times w, which is 2 (2 f - 1) times
+    the half ulp that one addition costs.
+    """
+    grid = _lowest_bit(a, bits[0])[:, None, :] + _lowest_bit(b, bits[1])[None, :, :]  # (N, V, D)
+    _, top = torch.frexp(largest)
+    fine = (grid < (top - p)[:, :, None]).sum(2)
+    return (4.0 * fine - 2).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Unit round-off u, smallest subnormal, and the error of the elementary functions as a multiple of u."""
+
+    dtype: torch.dtype
+    ulps: float = 1.0
+
+    @property
+    def u(self) -> float:
+        return unit_roundoff(self.dtype)
+
+    @property
+    def tiny(self) -> float:
+        """Underflow of one operation."""
+        return torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+
+    @property
+    def function(self) -> float:
+        """Relative error of exp, expm1, log, log1p and tanh."""
+        return 2 * self.ulps * self.u
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What rounds how. `block` = 0: products and sums in any order, fused or not (CPU, and fp32 without tensor cores).
+
+    Tensor cores add `block` products of 16-bit numbers and the accumulator at once: aligned to the largest exponent,
+    cut to `fraction` bits, added exactly, and cut again on normalising. One step then errs by at most (block + 1)
+    2^-fraction of the largest term plus 2^-23 of the result (arXiv 2511.10909, 2512.07004; peerj cs-330).
+    """
+
+    name: str
+    ulps: float = 1.0  # of exp, expm1, log, log1p and tanh
+    block: int = 0
+    fraction: int = 0
+    cascade: bool = True  # whether sums are those of torch on a CPU (ATen/native/cpu/SumKernel.cpp); else any order
+
+    def products(
+        self,
+        p: Precision,
+        terms: int,
+        absolute: Tensor,
+        out: Tensor,
+        operand: torch.dtype,
+        exact: bool,
+        inexact: Tensor | None = None,
+    ) -> Tensor:
+        """Error of sums of `terms` products, `absolute` = sum |a b|, `out` = |sum a b|. `exact`: no product is rounded.
+
+        In any order every partial sum is that of a subset, hence at most max(sum of positives, sum of negatives) =
+        (absolute + out) / 2 in magnitude; each addition errs by at most half an ulp of one. `inexact` bounds the
+        number of additions that can err at all (see `inexact_additions`).
+        """
+        if terms == 0:
+            return torch.zeros_like(out)
+        if self.block and operand in (torch.bfloat16, torch.float16):
+            steps = -(-terms // self.block)
+            step = (self.block + 1) * 2.0**-self.fraction + 2.0**-23 + p.u * self.block / 32  # fp32 sums of tiles of 32
+            return steps * step / (1 - steps * step) * absolute
+        growth = 1 + terms * p.u  # a computed partial sum against an exact one
+        count = torch.full_like(out, terms - 1)  # the first term is added to 0, or its product rounded by the addition
+        if inexact is not None:
+            count = torch.minimum(count, inexact)
+        error = count * half_ulp(growth * (absolute + out) / 2, p.dtype)
+        if not exact:
+            error = error + p.u * growth * absolute
+        return torch.where(absolute > 0, error + terms * p.tiny, 0.0)
+
+    def sum_depth(self, n: int, inner: bool = True) -> int:
+        """Most additions that round what a term ends up in, in torch.sum of n along the last (`inner`) or another axis.
+
+        On a CPU (ATen/native/cpu/SumKernel.cpp): a cascade of four levels of 16 terms or more, for each of `lanes`
+        lanes of 4 accumulators, which are then added one by one, as are the terms that fill no vector. Adding to 0
+        does not round.
+        """
+        if n < 2:
+            return 0
+        if not self.cascade:
+            return n - 1
+        threads = 64 if n >= 2**15 else 0
+
+        def cascade(size: int) -> int:
+            step = 2 ** max(4, math.ceil(math.log2(max(size, 1))) // 4)
+            levels = [-(-size // step**level) for level in range(4)]
+            depth = sum(min(step, levels[k]) for k in range(3) if levels[k] > 1) + (levels[3] if levels[3] > 1 else 0)
+            return depth + 3 * (levels[1] > 1)
+
+        depth = 0
+        for lanes in (1, 2, 4, 8, 16):
+            vectors, left = divmod(n, lanes)
+            rows, spare = divmod(vectors, 4)
+            depth = max(depth, cascade(rows) + spare + 3 + lanes, left + lanes)
+        if not inner:
+            depth = max(depth, cascade(n))
+        return min(depth + threads, n - 1)
+
+
+CPU = Machine("cpu")
+HOPPER = Machine("hopper", ulps=2.0, block=16, fraction=25, cascade=False)
+AMPERE = Machine("ampere", ulps=2.0, block=8, fraction=24, cascade=False)
+MACHINES = {machine.name: machine for machine in (CPU, HOPPER, AMPERE)}
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """An exact value and a bound of the error of what was computed for it; fp64 tensors that broadcast together."""
+
+    value: Tensor
+    error: Tensor
+
+    @staticmethod
+    def exact(value: Tensor | float, like: Tensor | None = None) -> Computed:
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=None if like is None else like.device)
+        return Computed(tensor, torch.zeros_like(tensor))
+
+    @property
+    def upper(self) -> Tensor:
+        """Bound of the magnitude of the computed number."""
+        return self.value.abs() + self.error
+
+    def __neg__(self) -> Computed:
+        return Computed(-self.value, self.error)
+
+    def __add__(self, other: Computed) -> Computed:
+        return Computed(self.value + other.value, self.error + other.error)
+
+    def __sub__(self, other: Computed) -> Computed:
+        return Computed(self.value - other.value, self.error + other.error)
+
+    def __mul__(self, other: Computed) -> Computed:
+        error = self.value.abs() * other.error + other.value.abs() * self.error + self.error * other.error
+        return Computed(self.value * other.value, error)
+
+    def over(self, other: Computed) -> Computed:
+        """The quotient; other is nonzero."""
+        value = self.value / other.value
+        least = (other.value.abs() - other.error).clamp(min=0)
+        return Computed(value, torch.where(self.upper > 0, (self.error + value.abs() * other.error) / least, 0.0))
+
+    def __getitem__(self, index: object) -> Computed:
+        return Computed(self.value[index], self.error[index])  # type: ignore[index]
+
+    def rounded(self, p: Precision, times: int = 1) -> Computed:
+        """After `times` relative errors of u, and the underflow of one operation."""
+        lost = (times * p.u * (1 + times * p.u)) * self.upper
+        return Computed(self.value, self.error + lost + torch.where(self.upper > 0, p.tiny, 0.0))
+
+    def stored(self, dtype: torch.dtype) -> Computed:
+        """After one rounding to nearest to `dtype`."""
+        return Computed(self.value, self.error + half_ulp(self.upper, dtype))
+
+    def exp(self, p: Precision) -> Computed:
+        value, error = self.value.exp(), self.error.clamp(max=LARGEST_EXPONENT)
+        growth = error.exp() * (1 + p.function)
+        return Computed(value, value * (torch.expm1(error) + p.function * growth) + torch.where(value > 0, p.tiny, 0.0))
+
+    def column(self) -> Computed:
+        """(B,) as (B, 1)."""
+        return Computed(self.value[:, None], self.error[:, None])
+
+    def where(self, mask: Tensor, other: Computed) -> Computed:
+        """This where `mask`, other elsewhere."""
+        return Computed(torch.where(mask, self.value, other.value), torch.where(mask, self.error, other.error))
+
+    def sum(self, dim: int, p: Precision, depth: int) -> Computed:
+        """A floating-point sum in which each term passes through at most `depth` additions."""
+        lost = depth * p.u * (1 + depth * p.u) * self.upper.sum(dim)
+        return Computed(self.value.sum(dim), self.error.sum(dim) + lost)

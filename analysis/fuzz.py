@@ -1,0 +1,138 @@
+"""The oracle, and a campaign of random problems under it: |out - truth| <= bound + radius, and no further tolerance.
+
+judge        runs the call that some knobs describe and compares every output and gradient with the truth
+campaign     many problems, resumable: `python -m cce_precision.analysis.fuzz --problems 10000 --out reports/fuzz`
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_precision import compute_z_loss, linear_cross_entropy
+from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.fuzz_problems import Call, Knobs, build
+from cce_precision.analysis.references import Quantities, Truth, truth
+
+__all__ = ["QUANTITIES", "Comparison", "Verdict", "compare", "judge", "outputs"]
+
+QUANTITIES = ("value", "lse", "entropy", "dE", "dC", "dbias")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of one call against the truth."""
+
+    ratio: float  # largest error / (bound + radius) of an element: at most 1, or the bound is wrong
+    error: float  # Frobenius norm
+    bound: float  # Frobenius norm of bound + radius
+    truth: float  # Frobenius norm
+    worst: tuple[int, ...]  # index of the largest ratio
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio <= 1
+
+    @property
+    def tells(self) -> bool:
+        """Whether a zero in place of the quantity would be rejected in the norm."""
+        return self.bound < self.truth
+
+
+@dataclass(frozen=True)
+class Verdict:
+    knobs: Knobs
+    quantities: dict[str, Comparison]
+
+    @property
+    def holds(self) -> bool:
+        return all(q.holds for q in self.quantities.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: largest error / bound {q.ratio:.3g} at {q.worst}; norms of error, bound and truth "
+            f"{q.error:.3g}, {q.bound:.3g}, {q.truth:.3g}"
+            for name, q in self.quantities.items()
+        ]
+        return "\n".join((self.knobs.to_json(), *lines))
+
+
+def compare(computed: Tensor, exact: Tensor, allowed: Tensor) -> Comparison:
+    """Error against allowance, elementwise. Equal infinities and NaN against NaN are exact; inf allows anything."""
+    computed, exact = computed.detach().double(), exact.double()
+    same = (computed == exact) | (computed.isnan() & exact.isnan())
+    error = torch.where(same, 0.0, (computed - exact).abs()).nan_to_num(nan=math.inf)
+    ratio = torch.where(error == 0, 0.0, torch.where(allowed.isinf(), 0.0, error / allowed))
+    norm = lambda x: float(torch.linalg.vector_norm(x.nan_to_num()))  # noqa: E731
+    bounded = math.inf if bool(allowed.isinf().any()) else norm(allowed)
+    if not ratio.numel():
+        return Comparison(0.0, 0.0, 0.0, 0.0, ())
+    worst = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+    return Comparison(float(ratio.max()), norm(error), bounded, norm(exact), worst)
+
+
+def outputs(call: Call) -> dict[str, Tensor]:
+    """Runs the call: the value of its objective, lse and entropy (flat, 0 where without a place), the gradients."""
+    leaves = [x.detach().requires_grad_() for x in (call.e, call.c, *(() if call.bias is None else (call.bias,)))]
+    bias = leaves[2] if call.bias is not None else None
+    result: Any = linear_cross_entropy(leaves[0], leaves[1], call.targets, bias, **call.options)
+    heads: dict[str, Tensor] = {"loss": result[0], "lse": result[1]}
+    if call.knobs.use_entropy:
+        heads["entropy"] = result[2]
+    if "z_loss" in call.grads:
+        k = call.knobs
+        heads["z_loss"] = compute_z_loss(heads["lse"], call.targets, k.shift, k.ignore_index, k.reduction)
+    upstream = call.grads
+    gradients = torch.autograd.grad([heads[name] for name in upstream], leaves, list(upstream.values()))
+    flat = {name: _flat(call, head) for name, head in heads.items() if name in ("lse", "entropy")}
+    named = dict(zip(("dE", "dC", "dbias"), gradients, strict=False))
+    named["dE"] = named["dE"].reshape(-1, call.problem.d)
+    return {"value": _value(call, heads, flat), **flat, **named}
+
+
+def _flat(call: Call, head: Tensor) -> Tensor:
+    """An unreduced output as (N,), with 0 for the tokens that a shift leaves without a place."""
+    full = torch.zeros(call.problem.n, dtype=head.dtype)
+    full[call.counted] = head.detach().reshape(-1)
+    return full
+
+
+def _value(call: Call, heads: dict[str, Tensor], flat: dict[str, Tensor]) -> Tensor:
+    """The objective from the call's outputs; what the call itself does not add up is added in fp64."""
+    o, n = call.objective, call.problem.n
+    rows = torch.arange(n)
+    extra = sum((o.per_token(name, rows) * flat[name].double() for name in flat), torch.zeros(n, dtype=torch.float64))
+    valid = call.problem.targets >= 0
+    extra = torch.where(valid, extra, 0.0)
+    total = _flat(call, heads["loss"]).double() if o.reduction == "none" else heads["loss"].detach().double()
+    if "z_loss" in heads:
+        z = heads["z_loss"]
+        total = (
+            total + o.per_token("z_loss", rows[:1]) * (_flat(call, z) if o.reduction == "none" else z.detach()).double()
+        )
+    if o.reduction == "none":
+        return total + extra
+    weight = o.column_weight(call.problem, extra.device)[call.problem.targets[valid]]
+    count = 1.0 if o.reduction == "sum" else weight.sum() if o.class_weight is not None else valid.sum()
+    return total.reshape(()) + (extra.sum() / count if bool(extra.any()) else 0.0)
+
+
+def judge(k: Knobs, method: str = "fp64") -> Verdict:
+    """Runs the call and compares what it gives with the truth."""
+    call = build(k)
+    exact = truth(call.problem, call.objective, method)
+    allowed = bound(call.problem, call.plan, call.objective, seed=call.knobs.seed)
+    return judge_outputs(call, outputs(call), exact, allowed)
+
+
+def judge_outputs(call: Call, computed: dict[str, Tensor], exact: Truth, allowed: Quantities) -> Verdict:
+    """The verdict on outputs of the call, whoever computed them."""
+    comparisons = {}
+    for name, value in computed.items():
+        radius = getattr(exact.radius, name)
+        comparisons[name] = compare(value, getattr(exact, name), getattr(allowed, name) + radius)
+    return Verdict(call.knobs, comparisons)
