@@ -116,6 +116,7 @@ def worst(out: Tensor, exact: Tensor, scale: Tensor | None = None, dtype: torch.
     """The element with the largest error in ulps. Raises ValueError for an empty tensor."""
     if out.numel() == 0:
         raise ValueError("an empty tensor has no worst element")
+    out = out.detach()
     distance = ulps(out, exact, scale, dtype)
     flat = int(distance.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), out.shape))

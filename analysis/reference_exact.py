@@ -121,6 +121,7 @@ class _Row:
         k = max(kept, key=lambda j: ar.double(z[j])[0])
         tail = ar.log1p(sum((ar.exp(z[j] - z[k]) for j in kept if j != k), zero))
         self.q: list[Number] = [None if logit is None else (z[k] - logit) + tail for logit in z]
+        self.q[k] = tail  # z_k - z_k is 0, which balls cannot know
         self.p: list[Number] = [zero if q is None else ar.exp(-q) for q in self.q]
         self.lse = z[k] + tail
         self.nll = infinity if self.q[target] is None else self.q[target]
