@@ -41,28 +41,43 @@ def choose_backend(problem: Problem, plan: Plan) -> str:
     return "eager"
 
 
+def _in_one_pass(problem: Problem, plan: Plan) -> bool:
+    """Whether the forward pass computes the gradients too, in the workspace that the caller allows."""
+    return plan.one_pass is not None and choose_backend(problem, plan) == "triton" and kernels.one_pass_fits(problem, plan)
+
+
+# Returns the heads, and where the forward pass computes gradients too, those of sum_i nll_i in fp32 (else empty).
 @torch.library.custom_op("cce_precision::forward", mutates_args=())
 def _forward(
     e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, seed: Tensor, plan: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
     passes = kernels if choose_backend(problem, decoded) == "triton" else eager
+    gradients: Sequence[Tensor | None] = (None, None, None)
     with torch.autocast(e.device.type, enabled=False):  # the passes choose the dtype of every product themselves
-        return tuple(passes.forward(problem, decoded))  # type: ignore[return-value]
+        if _in_one_pass(problem, decoded):
+            heads, gradients = kernels.forward_one_pass(problem, decoded)
+        else:
+            heads = passes.forward(problem, decoded)
+    empty = lambda: e.new_empty(0, dtype=torch.float32)  # noqa: E731
+    return (*heads, *(empty() if g is None else g for g in gradients))  # type: ignore[return-value]
 
 
 @_forward.register_fake
 def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
     decoded = Plan.decode(plan)
-    n, dtype = e.shape[0], _problem(e, c, bias, targets, weight, decoded).compute_dtype
-    new = lambda wanted, kind=dtype: e.new_empty(n if wanted else 0, dtype=kind)  # noqa: E731
+    problem = _problem(e, c, bias, targets, weight, decoded)
+    new = lambda wanted, kind=problem.compute_dtype: e.new_empty(problem.n if wanted else 0, dtype=kind)  # noqa: E731
+    wanted = decoded.one_pass if decoded.one_pass is not None and _in_one_pass(problem, decoded) else (False, False, False)
+    unit = lambda x, wanted: e.new_empty(x.shape if wanted and x is not None else 0, dtype=torch.float32)  # noqa: E731
     return (
         new(True),
         new(True),
         new(decoded.want_entropy),
         new(decoded.want_smooth),
         new(decoded.want_argmax, torch.int64),
+        *(unit(x, w) for x, w in zip((e, c, bias), wanted)),
     )
 
 
@@ -101,20 +116,35 @@ def _(upstream, heads, e, c, bias, targets, weight, seed, plan, need):  # type: 
     return like(e, need[0]), like(c, need[1]), like(bias, need[2] and bias is not None)
 
 
+@torch.library.custom_op("cce_precision::scaled", mutates_args=())
+def _scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """A gradient of the summed nll times the upstream scalar factor[0], rounded once to the dtype of `like`."""
+    return torch.mul(unit, factor[0], out=like.new_empty(unit.shape))
+
+
+@_scaled.register_fake
+def _(unit, factor, like):  # type: ignore[no-untyped-def]
+    return like.new_empty(unit.shape)
+
+
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     e, c, bias, targets, weight, seed, plan = inputs
-    nll, lse, entropy, _, argmax = output
+    nll, lse, entropy, _, argmax, *units = output
     ctx.plan = plan
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy)
+    ctx.mark_non_differentiable(argmax, *units)
+    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy, *units)
 
 
 def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
-    e, c, bias, targets, weight, seed, nll, lse, entropy = ctx.saved_tensors
+    e, c, bias, targets, weight, seed, nll, lse, entropy, *units = ctx.saved_tensors
     need = [int(x) for x in ctx.needs_input_grad[:3]]
     if all(g is None for g in grads[:4]):
         return (None,) * 7
+    if any(unit.numel() for unit in units):
+        scaled = torch.ops.cce_precision.scaled
+        inputs = zip(units, (e, c, bias), need)
+        return (*(scaled(unit, grads[0], x) if wanted else None for unit, x, wanted in inputs), None, None, None, None)
     upstream = [e.new_empty(0, dtype=nll.dtype) if g is None else g.contiguous() for g in grads[:4]]
     gradients = torch.ops.cce_precision.backward(
         upstream, [nll, lse, entropy], e, c, bias, targets, weight, seed, ctx.plan, need
@@ -131,15 +161,15 @@ def _refuse_second(ctx, *grads):  # type: ignore[no-untyped-def]
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse_second)
+_scaled.register_autograd(_refuse_second)
 
 
 def heads_of(problem: Problem, plan: Plan, seed: Tensor) -> Heads:
     """The heads of a tiled variant, differentiable once with respect to e, c and bias."""
-    return Heads(
-        *torch.ops.cce_precision.forward(
-            problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
-        )
+    outputs = torch.ops.cce_precision.forward(
+        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
     )
+    return Heads(*outputs[:5])
 
 
 @torch.no_grad()

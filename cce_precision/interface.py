@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -141,6 +142,8 @@ def linear_cross_entropy(
         backend=backend,
         workspace_mb=workspace_mb,
     )
+    if reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy):
+        plan = dataclasses.replace(plan, one_pass=_wanted_gradients(e, c, bias))
     compute_dtype = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
     weight = None if class_weight is None else class_weight.detach().to(compute_dtype)
     problem = Problem(
@@ -175,6 +178,12 @@ def linear_cross_entropy(
         unflatten(heads.argmax) if return_argmax else None,
         stats,
     )
+
+
+def _wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool] | None:
+    """Which of e, c and bias a backward pass will ask for; None if there will be none."""
+    wanted = (e.requires_grad, c.requires_grad, bias is not None and bias.requires_grad)
+    return wanted if torch.is_grad_enabled() and any(wanted) else None
 
 
 def _autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

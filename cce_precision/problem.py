@@ -69,6 +69,9 @@ class Plan:
     want_argmax: bool = False
     backend: str = "auto"  # "auto" | "triton" | "eager"
     workspace_mb: int | None = None  # None: the backend's default
+    # Gradients (of e, c, bias) that the forward pass may compute with it, because every token's upstream gradient will be one
+    # scalar, that of a summed nll; None where it may not.
+    one_pass: tuple[bool, bool, bool] | None = None
 
     def encode(self) -> str:
         """The plan as text, in operations that `torch.compile` folds to a constant."""
@@ -80,6 +83,7 @@ class Plan:
         fields += [str(self.softcap), str(self.temperature)]
         fields += [str(self.want_entropy), str(self.want_smooth), str(self.want_argmax)]
         fields += [self.backend, str(self.workspace_mb)]
+        fields += ["None"] if self.one_pass is None else [str(wanted) for wanted in self.one_pass]
         return "|".join(fields)
 
     @staticmethod
@@ -97,7 +101,9 @@ class Plan:
         variant = Variant(
             name, "", (), path, *filters, operand, accum_e, accum_c, flag(), flag(), (number(int), number(int))
         )
-        return Plan(variant, number(float), number(float), flag(), flag(), flag(), next(fields), number(int))
+        scalars = (number(float), number(float), flag(), flag(), flag(), next(fields), number(int))
+        one_pass = [x == "True" for x in fields if x != "None"]
+        return Plan(variant, *scalars, one_pass=(one_pass[0], one_pass[1], one_pass[2]) if one_pass else None)
 
 
 @dataclass(frozen=True)

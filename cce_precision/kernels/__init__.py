@@ -15,7 +15,7 @@ from torch import Tensor
 from ..numerics import FilterKind, Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "supports"]
 
 
 @functools.lru_cache(maxsize=None)
@@ -82,6 +82,18 @@ def forward(problem: Problem, plan: Plan) -> Heads:
 
     with _on(problem.e.device):
         return run(problem, plan)
+
+
+def one_pass_fits(problem: Problem, plan: Plan) -> bool:
+    """Whether `forward_one_pass` runs this call in plan.workspace_mb: a function of shapes, dtypes, the device and the plan alone."""
+    return False
+
+
+def forward_one_pass(
+    problem: Problem, plan: Plan
+) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The heads, and with them the gradients of sum_i nll_i that plan.one_pass asks for, in fp32 and unrounded."""
+    raise NotImplementedError("one_pass_fits says that this call does not run in one pass")
 
 
 def backward(
