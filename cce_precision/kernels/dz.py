@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .heads import operand
-from .launch import Config, architecture, descriptor_fits, precision_of, tuned
+from .launch import Config, architecture, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
 from .terms import RowTerms
 
@@ -232,6 +232,12 @@ def _launch(
         tile_filter is not None and tile_filter.skip,
         tile_filter is not None and tile_filter.columns,
     )
+    if tma and not any(flags[:5]) and not any(flags[6:]) and hopper_fits(e, config):
+        from .hopper import launch_dz
+
+        programs = multiprocessors(e.device)
+        launch_dz(e, run.c, dz, terms, run.start, float(problem.temperature), programs, config.group)
+        return
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
     unused = terms.terms
     dz_kernel[(min(units, multiprocessors(e.device)),)](

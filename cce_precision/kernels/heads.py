@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Heads, Plan, Problem
-from .launch import Config, descriptor_fits, precision_of, tuned
+from .launch import Config, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import (
     LN2,
     LOG2E,
@@ -270,33 +270,38 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
         width = tiles_a_split * config.n
         ones = torch.ones(v, dtype=torch.float32, device=e.device) if weight is None else weight.to(torch.float32)
         split_weight = torch.nn.functional.pad(ones, (0, splits * width - v)).view(splits, width).sum(1)
-    forward_kernel[(triton.cdiv(n, config.m) * splits,)](
-        operand(e, [config.m, config.k], tma),
-        operand(c, [config.n, config.k], tma),
-        bias if bias is not None else partial,
-        weight if flags[4] else partial,
-        problem.targets,
-        partial,
-        place,
-        target_logit,
-        (n, v, d),
-        tuple(e.stride()),
-        tuple(c.stride()),
-        splits,
-        tiles_a_split,
-        float(problem.softcap or 1.0),
-        scale,
-        M=config.m,
-        N=config.n,
-        K=config.k,
-        GROUP=config.group,
-        FLATTEN=config.flatten,
-        FLAGS=flags,
-        TMA=tma,
-        PRECISION=precision_of(c),
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    if not any(flags) and tma and hopper_fits(e, config):
+        from .hopper import launch_forward
+
+        launch_forward(e, c, problem.targets, partial, target_logit, tiles_a_split, scale, config.group)
+    else:
+        forward_kernel[(triton.cdiv(n, config.m) * splits,)](
+            operand(e, [config.m, config.k], tma),
+            operand(c, [config.n, config.k], tma),
+            bias if bias is not None else partial,
+            weight if flags[4] else partial,
+            problem.targets,
+            partial,
+            place,
+            target_logit,
+            (n, v, d),
+            tuple(e.stride()),
+            tuple(c.stride()),
+            splits,
+            tiles_a_split,
+            float(problem.softcap or 1.0),
+            scale,
+            M=config.m,
+            N=config.n,
+            K=config.k,
+            GROUP=config.group,
+            FLATTEN=config.flatten,
+            FLAGS=flags,
+            TMA=tma,
+            PRECISION=precision_of(c),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
     combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
         partial,
         place,

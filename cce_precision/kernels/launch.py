@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Config", "architecture", "config_for", "descriptor_fits", "precision_of", "tuned"]
+__all__ = ["Config", "architecture", "config_for", "descriptor_fits", "hopper_fits", "precision_of", "tuned"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,20 @@ def descriptor_fits(x: Tensor) -> bool:
     aligned = x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0
     big_enough = x.device.type != "cuda" or architecture(x.device) != "sm_80"
     return big_enough and aligned and x.stride(1) == 1 and x.numel() > 0 and x.stride(0) >= x.shape[1]
+
+
+@functools.lru_cache(maxsize=None)
+def _gluon() -> bool:
+    """Whether this Triton has the Gluon dialect that hopper.py is written in (experimental: 3.6 is what it was tested with)."""
+    import triton
+
+    return triton.__version__.startswith("3.6.")
+
+
+def hopper_fits(x: Tensor, config: Config) -> bool:
+    """Whether the warp-specialised kernels take this launch: a Hopper device, 16-bit operands, and the tile they are made for."""
+    on_hopper = x.device.type == "cuda" and architecture(x.device) == "sm_90"
+    return on_hopper and x.element_size() == 2 and (config.m, config.n, config.k) == (128, 256, 64) and _gluon()
 
 
 def tuned(kernel: str, x: Tensor, run: Callable[[Config], Any]) -> Config:

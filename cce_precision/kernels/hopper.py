@@ -1,0 +1,259 @@
+"""The logits kernels for Hopper (sm_90), warp-specialised: one warp copies tiles, two warpgroups multiply.
+
+Each consumer owns half of the token rows of a tile. The two drift apart by as much as the ring of tile buffers allows, so that one
+multiplies while the other takes exponentials. Same arithmetic, same order and hence the same results as the portable kernels, which
+remain the reference; used where bulk copies fit and a call asks for nothing but nll and lse, or for plain dZ.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .terms import RowTerms
+
+LOG2E = gl.constexpr(1.4426950408889634)
+HALF = gl.constexpr(64)  # rows of one consumer
+ROWS = gl.constexpr(128)
+COLUMNS = gl.constexpr(256)
+DEPTH = gl.constexpr(64)  # features of one step
+
+
+@gluon.jit
+def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
+    """(row block, column tile) of a unit, row blocks in groups that share a column tile (see primitives.grouped)."""
+    width = GROUP * tiles
+    first = (unit // width) * GROUP
+    size = gl.minimum(blocks - first, GROUP)
+    place = unit % width
+    return first + place % size, place // size
+
+
+@gluon.jit
+def copy_tiles(e, c, left, right, full, free, first, last, step, fixed, blocks, tiles, d, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
+
+    Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block.
+    """
+    count = 0
+    for unit in range(first, last, step):
+        block, tile = place_of(unit, blocks, tiles, GROUP)
+        if fixed >= 0:
+            block = fixed
+            tile = unit
+        for k in range(0, d, DEPTH):
+            stage = count % STAGES
+            mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), e.block_type.nbytes + c.block_type.nbytes)
+            tma.async_copy_global_to_shared(e, [block * ROWS, k], full.index(stage), left.index(stage))
+            tma.async_copy_global_to_shared(c, [tile * COLUMNS, k], full.index(stage), right.index(stage))
+            count += 1
+
+
+@gluon.jit
+def logits_half(left, right, full, free, count, d, layout: gl.constexpr, WHICH: gl.constexpr, STAGES: gl.constexpr):
+    """One consumer's (64, 256) logits in fp32, and the steps taken so far."""
+    acc = gl.zeros([HALF, COLUMNS], gl.float32, layout)
+    for k in range(0, d, DEPTH):
+        stage = count % STAGES
+        mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+        a = left.index(stage).slice(WHICH * HALF, HALF)
+        b = right.index(stage).permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
+        mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        count += 1
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+    mbarrier.arrive(free.index((count + STAGES - 1) % STAGES), count=1)
+    return acc, count
+
+
+@gluon.jit
+def softmax_half(
+    left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale,
+    WHICH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    by_column: gl.constexpr = gl.SliceLayout(0, layout)
+    rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
+    inside = rows < n
+    target = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32)
+    m = gl.full([HALF], float("-inf"), gl.float32, by_row)
+    s = gl.zeros([HALF], gl.float32, by_row)
+    count = 0
+    for tile in range(first, last):
+        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
+        z = acc
+        local = target - tile * COLUMNS
+        hit = (local >= 0) & (local < COLUMNS)
+        columns = gl.arange(0, COLUMNS, by_column)
+        if tile * COLUMNS + COLUMNS > v:
+            z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
+        if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target
+            own = columns[None, :] == local[:, None]
+            gl.store(target_logit + rows, gl.sum(gl.where(own, z, 0.0), 1), mask=hit)
+            z = gl.where(own, float("-inf"), z)
+        top = gl.maximum(m, gl.max(z, 1))
+        reference = gl.where(top == float("-inf"), 0.0, top * scale)
+        p = gl.exp2(z * scale - reference[:, None])
+        decay = gl.where(m == top, 1.0, gl.exp2((m - top) * scale))
+        s = decay * s + gl.sum(p, 1)
+        m = top
+    out = partial + split.to(gl.int64) * n + rows
+    gl.store(out, m, mask=inside)
+    gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
+
+
+@gluon.jit
+def hopper_forward_kernel(
+    e,  # (N, D) descriptor, tiles (128, 64)
+    c,  # (V, D) descriptor, tiles (256, 64)
+    targets,  # (N,) int64
+    partial,  # (2, splits, N) fp32
+    target_logit,  # (N,) fp32
+    n,
+    v,
+    d,
+    splits,
+    tiles_a_split,
+    scale,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
+    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
+    first = split * tiles_a_split
+    last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
+    one = gl.to_tensor(1)
+    gl.warp_specialize(
+        [
+            (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(0), STAGES)),
+            (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(1), STAGES)),
+            (copy_tiles, (e, c, left, right, full, free, first, last, one, block, one, one, d, GROUP, STAGES)),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def dz_half(
+    left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature,
+    LABEL: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared memory."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    by_column: gl.constexpr = gl.SliceLayout(0, layout)
+    count = 0
+    for unit in range(first, last, step):
+        block, tile = place_of(unit, blocks, tiles, GROUP)
+        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
+        rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
+        inside = rows < n
+        lse = gl.load(rows_terms + rows, mask=inside, other=0.0)
+        alpha = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) + rows, mask=inside, other=0.0)
+        local = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32) - start - tile * COLUMNS
+        hit = (local >= 0) & (local < COLUMNS)
+        x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E) * alpha[:, None]
+        if gl.max(hit.to(gl.int32), 0) > 0:
+            own = gl.arange(0, COLUMNS, by_column)[None, :] == local[:, None]
+            if LABEL:
+                x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
+            else:
+                x = gl.where(own, 0.0, x)
+        high = x.to(dz.dtype)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        out.index(WHICH).store(high)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(dz, [block * ROWS + WHICH * HALF, tile * COLUMNS], out.index(WHICH))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_dz_kernel(
+    e,  # (N, D) descriptor, tiles (128, 64)
+    c,  # (W, D) descriptor, tiles (256, 64)
+    dz,  # (N, W) descriptor, tiles (64, 256)
+    targets,  # (N,) int64
+    rows_terms,  # (6, N) fp32
+    label,  # (N,) fp32
+    n,
+    width,
+    d,
+    start,
+    temperature,
+    LABEL: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
+    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
+    out = gl.allocate_shared_memory(dz.dtype, [2, HALF, COLUMNS], dz.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    blocks = (n + ROWS - 1) // ROWS
+    tiles = (width + COLUMNS - 1) // COLUMNS
+    first, last, step = gl.program_id(0), blocks * tiles, gl.num_programs(0)
+    never = gl.to_tensor(-1)
+    gl.warp_specialize(
+        [
+            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, gl.constexpr(0), GROUP, STAGES)),
+            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, gl.constexpr(1), GROUP, STAGES)),
+            (copy_tiles, (e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, GROUP, STAGES)),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip
+
+
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _LAYOUT)
+
+
+def launch_forward(
+    e: Tensor, c: Tensor, targets: Tensor, partial: Tensor, target_logit: Tensor, tiles_a_split: int, scale: float, group: int
+) -> None:
+    """Fills partial (2, splits, N) and target_logit (N,) as heads.forward_kernel does."""
+    splits, n = partial.shape[1:]
+    hopper_forward_kernel[((n + 127) // 128 * splits,)](
+        describe(e, 128, 64), describe(c, 256, 64), targets, partial, target_logit, n, c.shape[0], e.shape[1], splits, tiles_a_split, scale,
+        GROUP=group, STAGES=4, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_dz(
+    e: Tensor, c: Tensor, dz: Tensor, terms: RowTerms, start: int, temperature: float, programs: int, group: int
+) -> None:
+    """Fills dz (N, W) as dz.dz_kernel does without bias, softcap, entropy, smoothing, split, sums and filter."""
+    n, width = dz.shape
+    units = (n + 127) // 128 * ((width + 255) // 256)
+    hopper_dz_kernel[(min(units, programs),)](
+        describe(e, 128, 64), describe(c, 256, 64), describe(dz, 64, 256), terms.targets, terms.terms, terms.label, n, width, e.shape[1],
+        start, temperature, LABEL=terms.label_inside, GROUP=group, STAGES=3, num_warps=4,
+    )  # fmt: skip
