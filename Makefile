@@ -25,7 +25,7 @@ $(VENV)/.run: pyproject.toml
 
 # What the tests need on top.
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --no-build-isolation -e ".[report,dev]"
+	$(PIP) --no-build-isolation -e ".[report,dev,ray]"
 	touch $@
 
 report: $(VENV)/.run
