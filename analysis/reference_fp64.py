@@ -20,7 +20,7 @@ from cce_precision.analysis.reference_enclosure import TINY, Enclosure, rounding
 from cce_precision.analysis.references import Magnitudes, Objective, Quantities, Truth
 from cce_precision.problem import Problem
 
-CPU_CHUNK = (256, 512)  # (tokens, columns): a block of columns stays in cache
+CPU_CHUNK = (256, 2048)  # (tokens, columns)
 GPU_CHUNK = (2048, 8192)
 ROW_BUDGET = 2**29  # logits of one token block
 Q_MAX = 2.0**20  # beyond it exp(-q) is 0 and q itself is replaced in products with P
