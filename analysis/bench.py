@@ -24,6 +24,7 @@ kernels.
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import json
 import os
@@ -190,9 +191,8 @@ def run(plan: Plan, console: Any) -> int:
             stamp = provenance()
             try:
                 with console.status(str(job)) as status:
-                    rows = measure(
-                        job, plan.methods, plan.device, plan.repeat, lambda what, j=job: status.update(f"{j}: {what}")
-                    )
+                    say = functools.partial(_say, status, job)
+                    rows = measure(job, plan.methods, plan.device, plan.repeat, say)
             except Interrupted as stop:
                 rows, code = stop.rows, 130
             _write(plan.out, [row | stamp for row in rows])
@@ -211,6 +211,10 @@ def run(plan: Plan, console: Any) -> int:
     return code
 
 
+def _say(status: Any, job: Job, what: str) -> None:
+    status.update(f"{job}: {what}")
+
+
 def verdict(rows: list[Row]) -> str:
     """cce_exact against the baseline in time and peak memory; with the targets where the shape has them."""
     full = {row["method"]: row for row in rows if row["kind"] == "loss-fw-bw" and row["rounds"]}
@@ -218,7 +222,7 @@ def verdict(rows: list[Row]) -> str:
         return ""
     slower = full["cce_exact"]["time_ms"] / full["baseline"]["time_ms"]
     larger = full["cce_exact"]["peak_mib"] / full["baseline"]["peak_mib"]
-    targets = ("", "")
+    targets: tuple[str, ...] = ("", "")
     if full["baseline"]["shape"] == "cpu":
         targets = tuple(
             f" (target {limit:g}: {'met' if value <= limit else 'missed'})"

@@ -93,7 +93,7 @@ def picture(rows: list[Row]) -> Any:
     def panel(title: str, key: str, label: str) -> Panel:
         return Panel(
             title,
-            "time of loss and gradients / time of the logits product",
+            "time / logits product",
             label,
             tuple(Series(r["method"], (r["times_product"],), (r[key],), (note(r),)) for r in full if r[key] > 0),
             (Level(FLOOR, floor[key]),) if floor and floor[key] > 0 else (),
@@ -102,8 +102,8 @@ def picture(rows: list[Row]) -> Any:
     return Figure(
         "time-memory-error",
         _title(rows[0]),
-        "Each point is a method: further left is faster, further down is smaller or more exact. The line is the least "
-        "that any method can have: gradients in memory, and their rounding.",
+        "Each point is a method, its time that of loss and gradients: further left is faster, further down is smaller or "
+        "more exact. The line is the least that any method can have: gradients in memory, and their rounding.",
         (
             panel("memory", "peak_mib", "peak extra memory, MiB"),
             panel("error of dE", "dE_error", "relative error of dE"),
@@ -155,9 +155,10 @@ def _growth(rows: list[Row]) -> list[Any]:
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1f2328; max-width: 1200px; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .25rem .55rem; border-bottom: 1px solid #e3e6ea; text-align: right } th:first-child, td:first-child,
-th:last-child, td:last-child { text-align: left } .table { overflow-x: auto } .reason { color: #57606a }
-svg, img { max-width: 100%; height: auto } pre { white-space: pre-wrap; background: #f6f8fa; padding: .6rem }
+th, td { padding: .25rem .55rem; white-space: nowrap; border-bottom: 1px solid #e3e6ea; text-align: right }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; white-space: normal } .table {
+overflow-x: auto } .reason { color: #57606a } svg, img { max-width: 100%; height: auto } pre { white-space: pre-wrap;
+background: #f6f8fa; padding: .6rem }
 """
 SCRIPT = """
 for (const [i, f] of FIGURES.entries()) {
@@ -181,7 +182,7 @@ def _static(figure: Any) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.svg"
-        draw(figure, str(path))
+        draw(figure, path)
         text = path.read_text()
     return text[text.index("<svg") :]
 
