@@ -126,7 +126,7 @@ def scaled(base: Shape, kind: str) -> list[Shape]:
 
 
 def provenance() -> Row:
-    """Commit, versions, command and time of this run."""
+    """Commit, versions, command and time of this run. CCE_COMMIT names the commit where the files are no git checkout."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,
@@ -141,7 +141,7 @@ def provenance() -> Row:
     except ImportError:
         pass
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": git.stdout.strip() or os.environ.get("CCE_COMMIT", "unknown"),
         "versions": versions,
         "command": "cce-precision " + " ".join(sys.argv[1:]),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -191,7 +191,7 @@ def run(plan: Plan, console: Any) -> int:
             stamp = provenance()
             try:
                 with console.status(str(job)) as status:
-                    say = functools.partial(_say, status, job)
+                    say = functools.partial(_say, console, status, job)
                     rows = measure(job, plan.methods, plan.device, plan.repeat, say)
             except Interrupted as stop:
                 rows, code = stop.rows, 130
@@ -211,8 +211,12 @@ def run(plan: Plan, console: Any) -> int:
     return code
 
 
-def _say(status: Any, job: Job, what: str) -> None:
-    status.update(f"{job}: {what}")
+def _say(console: Any, status: Any, job: Job, what: str) -> None:
+    """What is measured right now: in place on a terminal, else in lines on the standard error."""
+    if console.is_terminal:
+        status.update(f"{job}: {what}")
+    else:
+        print(f"{job}: {what}", file=sys.stderr, flush=True)
 
 
 def verdict(rows: list[Row]) -> str:

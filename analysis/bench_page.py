@@ -102,8 +102,8 @@ def picture(rows: list[Row]) -> Any:
     return Figure(
         "time-memory-error",
         _title(rows[0]),
-        "Each point is a method, its time that of loss and gradients: further left is faster, further down is smaller or "
-        "more exact. The line is the least that any method can have: gradients in memory, and their rounding.",
+        "Each point is a method, its time that of loss and gradients: further left is faster, further down is smaller "
+        "or more exact. The line is the least that any method can have: gradients in memory, and their rounding.",
         (
             panel("memory", "peak_mib", "peak extra memory, MiB"),
             panel("error of dE", "dE_error", "relative error of dE"),
