@@ -126,13 +126,12 @@ def scaled(base: Shape, kind: str) -> list[Shape]:
 
 
 def provenance() -> Row:
-    """Commit, versions, command and time of this run. CCE_COMMIT names the commit where the files are no git checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    """Commit, versions, command and time of this run. Where the files are no git checkout, CCE_COMMIT names the commit."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     try:
         import triton
@@ -141,7 +140,7 @@ def provenance() -> Row:
     except ImportError:
         pass
     return {
-        "commit": git.stdout.strip() or os.environ.get("CCE_COMMIT", "unknown"),
+        "commit": commit or os.environ.get("CCE_COMMIT", "unknown"),
         "versions": versions,
         "command": "cce-precision " + " ".join(sys.argv[1:]),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
