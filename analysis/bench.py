@@ -126,7 +126,7 @@ def scaled(base: Shape, kind: str) -> list[Shape]:
 
 
 def provenance() -> Row:
-    """Commit, versions, command and time of this run. Where the files are no git checkout, CCE_COMMIT names the commit."""
+    """Commit (where there is no git checkout: CCE_COMMIT of the environment), versions, command and time of a run."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
