@@ -86,14 +86,21 @@ def forward(problem: Problem, plan: Plan) -> Heads:
 
 def one_pass_fits(problem: Problem, plan: Plan) -> bool:
     """Whether `forward_one_pass` runs this call in plan.workspace_mb: a function of shapes, dtypes, the device and the plan alone."""
-    return False
+    if problem.e.dtype is not torch.bfloat16 or plan.workspace_mb is None:
+        return False
+    from .one_pass import tokens_a_chunk
+
+    return tokens_a_chunk(problem, plan) is not None
 
 
 def forward_one_pass(
     problem: Problem, plan: Plan
 ) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The heads, and with them the gradients of sum_i nll_i that plan.one_pass asks for, in fp32 and unrounded."""
-    raise NotImplementedError("one_pass_fits says that this call does not run in one pass")
+    from .one_pass import forward_one_pass as run
+
+    with _on(problem.e.device):
+        return run(problem, plan)
 
 
 def backward(

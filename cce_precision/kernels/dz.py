@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..problem import Problem
 from .heads import operand
-from .launch import Config, architecture, descriptor_fits, hopper_fits, precision_of, tuned
+from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
 from .terms import RowTerms
 
-__all__ = ["Run", "TileFilter", "write_dz"]
+__all__ = ["Run", "TileFilter", "block_rows", "write_dz", "write_powers"]
 
 
 @triton.jit
@@ -36,6 +36,8 @@ def dz_kernel(
     dz_low,  # (N, W) what rounding dz lost, or unused
     alive,  # (row blocks, column tiles) int32: whether some |P - onehot| of the tile reaches eps; or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
+    row_stats,  # (2, column tiles, N) fp32 row sums of dZ and row maxima of the logits, or unused
+    chosen,  # (row blocks + 1,) int32: how many row blocks to compute, and which; or unused
     shape,  # (N, W, D)
     stride_e,
     stride_c,
@@ -50,7 +52,7 @@ def dz_kernel(
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
     FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of
-    # surviving tiles alone)
+    # surviving tiles alone, row statistics, chosen row blocks)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -67,8 +69,12 @@ def dz_kernel(
     FILTER: tl.constexpr = FLAGS[8]
     SKIP: tl.constexpr = FLAGS[9]
     blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
+    if FLAGS[12]:
+        blocks = tl.load(chosen)
     for unit in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
+        if FLAGS[12]:
+            block = tl.load(chosen + 1 + block)
         acc = tl.zeros((M, N), tl.float32)
         for k in range(0, d, K):
             left = load_tile(e, stride_e, block * M, k, n, d, M, K, TMA)
@@ -89,6 +95,11 @@ def dz_kernel(
         some_hit = tl.sum(hit.to(tl.int32)) > 0  # few tiles hold a target
         if some_hit:
             x = tl.where(tl.arange(0, N)[None, :] == local[:, None], 0.0, x)
+        if FLAGS[11]:
+            known = (columns < width)[None, :]
+            out = row_stats + wide(n) * tile + rows
+            tl.store(out, tl.sum(tl.where(known, x, 0.0), 1), mask=inside)
+            tl.store(out + wide(n) * tiles, tl.max(tl.where(known, z, float("-inf")), 1), mask=inside)
         survives = True
         if FILTER:  # as integers non-negative floats keep their order, and NaN is the largest
             complement = tl.load(rows_terms + wide(n) * 5 + rows, mask=inside & hit, other=0.0)
@@ -156,6 +167,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a launch writes beside dZ, and which row blocks it computes (None: all)."""
+
+    sums: Tensor | None = None  # (row blocks, W)
+    alive: Tensor | None = None  # (row blocks, column tiles) int32
+    row_stats: Tensor | None = None  # (2, column tiles, N)
+    chosen: Tensor | None = None  # (row blocks + 1,) int32: count, then the blocks
+
+
+@dataclass(frozen=True)
 class TileFilter:
     """The paper's filter on one or both sides: which tiles count as dead, and who may skip them."""
 
@@ -193,13 +214,13 @@ def write_dz(
     column tiles) int32 matrix of surviving tiles."""
     rows, width = e.shape[0], run.c.shape[0]
     if tile_filter is None:
-        config = tuned("dz", run.c, lambda candidate: _launch(problem, e, run, terms, dz, dz_low, None, None, None, candidate))
+        config = tuned("dz", run.c, lambda candidate: _launch(problem, e, run, terms, dz, dz_low, Outputs(), None, candidate))
     else:
         config = tile_filter.config(run.c)
     grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
     sums = torch.empty((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
     alive = torch.empty(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
-    _launch(problem, e, run, terms, dz, dz_low, sums, alive, tile_filter, config)
+    _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive), tile_filter, config)
     return None if sums is None else sums.sum(0), alive
 
 
@@ -210,11 +231,11 @@ def _launch(
     terms: RowTerms,
     dz: Tensor,
     dz_low: Tensor | None,
-    sums: Tensor | None,
-    alive: Tensor | None,
+    outputs: Outputs,
     tile_filter: TileFilter | None,
     config: Config,
 ) -> None:
+    sums, alive, row_stats, chosen = outputs.sums, outputs.alive, outputs.row_stats, outputs.chosen
     rows, width = e.shape[0], run.c.shape[0]
     tma = descriptor_fits(e) and descriptor_fits(run.c) and descriptor_fits(dz)
     tile = [config.m, config.n]
@@ -231,12 +252,14 @@ def _launch(
         tile_filter is not None,
         tile_filter is not None and tile_filter.skip,
         tile_filter is not None and tile_filter.columns,
+        row_stats is not None,
+        chosen is not None,
     )
-    if tma and not any(flags[:5]) and not any(flags[6:]) and hopper_fits(e, config):
+    if tma and not any(flags[:5]) and not any(flags[6:11]) and hopper_fits(e, config):
         from .hopper import launch_dz
 
         programs = multiprocessors(e.device)
-        launch_dz(e, run.c, dz, terms, run.start, float(problem.temperature), programs, config.group)
+        launch_dz(e, run.c, dz, terms, outputs, run.start, float(problem.temperature), programs, config.group)
         return
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
     unused = terms.terms
@@ -252,6 +275,8 @@ def _launch(
         operand(dz if dz_low is None else dz_low, tile, tma),
         unused if alive is None else alive,
         unused if sums is None else sums,
+        unused if row_stats is None else row_stats,
+        unused if chosen is None else chosen,
         (rows, width, problem.d),
         tuple(e.stride()),
         tuple(run.c.stride()),
@@ -272,3 +297,21 @@ def _launch(
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def write_powers(problem: Problem, e: Tensor, c: Tensor, terms: RowTerms, powers: Tensor, chosen: Tensor | None, stats: Tensor | None) -> Tensor:
+    """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1.
+
+    Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`, only those
+    row blocks are computed, into `stats` as well.
+    """
+    config = config_for("dz", c)
+    if stats is None:
+        stats = torch.empty((2, triton.cdiv(c.shape[0], config.n), e.shape[0]), dtype=torch.float32, device=e.device)
+    _launch(problem, e, Run(0, c, None, None), terms, powers, None, Outputs(None, None, stats, chosen), None, config)
+    return stats
+
+
+def block_rows(c: Tensor) -> int:
+    """Tokens in a row block of `write_powers`."""
+    return config_for("dz", c).m

@@ -7,6 +7,8 @@ remain the reference; used where bulk copies fit and a call asks for nothing but
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,6 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .terms import RowTerms
+
+if TYPE_CHECKING:
+    from .dz import Outputs
 
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows of one consumer
@@ -39,7 +44,10 @@ def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def copy_tiles(e, c, left, right, full, free, first, last, step, fixed, blocks, tiles, d, GROUP: gl.constexpr, STAGES: gl.constexpr):
+def copy_tiles(
+    e, c, left, right, full, free, first, last, step, fixed, blocks, tiles, d, chosen,
+    CHOSEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
 
     Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block.
@@ -50,6 +58,8 @@ def copy_tiles(e, c, left, right, full, free, first, last, step, fixed, blocks, 
         if fixed >= 0:
             block = fixed
             tile = unit
+        if CHOSEN:
+            block = gl.load(chosen + 1 + block)
         for k in range(0, d, DEPTH):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
@@ -146,7 +156,7 @@ def hopper_forward_kernel(
         [
             (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(0), STAGES)),
             (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(1), STAGES)),
-            (copy_tiles, (e, c, left, right, full, free, first, last, one, block, one, one, d, GROUP, STAGES)),
+            (copy_tiles, (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES)),
         ],
         [4, 4],
         [240, 24],
@@ -155,8 +165,9 @@ def hopper_forward_kernel(
 
 @gluon.jit
 def dz_half(
-    left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature,
-    LABEL: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, n, width, d, start, blocks, tiles, first, last,
+    step, temperature, LABEL: gl.constexpr, STATS: gl.constexpr, CHOSEN: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared memory."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
@@ -165,6 +176,8 @@ def dz_half(
     count = 0
     for unit in range(first, last, step):
         block, tile = place_of(unit, blocks, tiles, GROUP)
+        if CHOSEN:
+            block = gl.load(chosen + 1 + block)
         acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
         rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
         inside = rows < n
@@ -172,6 +185,10 @@ def dz_half(
         alpha = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) + rows, mask=inside, other=0.0)
         local = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32) - start - tile * COLUMNS
         hit = (local >= 0) & (local < COLUMNS)
+        if STATS:
+            if tile * COLUMNS + COLUMNS > width:
+                acc = gl.where((gl.arange(0, COLUMNS, by_column) < width - tile * COLUMNS)[None, :], acc, float("-inf"))
+            gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * (tiles + tile) + rows, gl.max(acc, 1), mask=inside)
         x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E) * alpha[:, None]
         if gl.max(hit.to(gl.int32), 0) > 0:
             own = gl.arange(0, COLUMNS, by_column)[None, :] == local[:, None]
@@ -179,6 +196,8 @@ def dz_half(
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
             else:
                 x = gl.where(own, 0.0, x)
+        if STATS:
+            gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * tile + rows, gl.sum(x, 1), mask=inside)
         high = x.to(dz.dtype)
         tma.store_wait(0)
         gl.thread_barrier()
@@ -197,12 +216,16 @@ def hopper_dz_kernel(
     targets,  # (N,) int64
     rows_terms,  # (6, N) fp32
     label,  # (N,) fp32
+    row_stats,  # (2, column tiles, N) fp32 or unused
+    chosen,  # (row blocks + 1,) int32 or unused
     n,
     width,
     d,
     start,
     temperature,
     LABEL: gl.constexpr,
+    STATS: gl.constexpr,
+    CHOSEN: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -216,13 +239,15 @@ def hopper_dz_kernel(
         mbarrier.init(free.index(i), count=2)
     blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
+    if CHOSEN:
+        blocks = gl.load(chosen)
     first, last, step = gl.program_id(0), blocks * tiles, gl.num_programs(0)
     never = gl.to_tensor(-1)
     gl.warp_specialize(
         [
-            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, gl.constexpr(0), GROUP, STAGES)),
-            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, gl.constexpr(1), GROUP, STAGES)),
-            (copy_tiles, (e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, GROUP, STAGES)),
+            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, STATS, CHOSEN, gl.constexpr(0), GROUP, STAGES)),
+            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, STATS, CHOSEN, gl.constexpr(1), GROUP, STAGES)),
+            (copy_tiles, (e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, chosen, CHOSEN, GROUP, STAGES)),
         ],
         [4, 4],
         [240, 24],
@@ -248,12 +273,14 @@ def launch_forward(
 
 
 def launch_dz(
-    e: Tensor, c: Tensor, dz: Tensor, terms: RowTerms, start: int, temperature: float, programs: int, group: int
+    e: Tensor, c: Tensor, dz: Tensor, terms: RowTerms, outputs: Outputs, start: int, temperature: float, programs: int, group: int
 ) -> None:
-    """Fills dz (N, W) as dz.dz_kernel does without bias, softcap, entropy, smoothing, split, sums and filter."""
+    """Fills dz (N, W), and the row statistics, as dz.dz_kernel does without bias, softcap, entropy, smoothing, split, sums and filter."""
     n, width = dz.shape
+    stats, chosen = outputs.row_stats, outputs.chosen
     units = (n + 127) // 128 * ((width + 255) // 256)
     hopper_dz_kernel[(min(units, programs),)](
-        describe(e, 128, 64), describe(c, 256, 64), describe(dz, 64, 256), terms.targets, terms.terms, terms.label, n, width, e.shape[1],
-        start, temperature, LABEL=terms.label_inside, GROUP=group, STAGES=3, num_warps=4,
+        describe(e, 128, 64), describe(c, 256, 64), describe(dz, 64, 256), terms.targets, terms.terms, terms.label,
+        terms.terms if stats is None else stats, terms.targets if chosen is None else chosen, n, width, e.shape[1], start, temperature,
+        LABEL=terms.label_inside, STATS=stats is not None, CHOSEN=chosen is not None, GROUP=group, STAGES=3, num_warps=4,
     )  # fmt: skip
