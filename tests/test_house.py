@@ -48,11 +48,6 @@ HEAVY = {
     "flint", "hypothesis", "liger_kernel", "matplotlib", "mpmath", "pandas", "plotly", "pyarrow", "quack", "ray",
     "rich", "safetensors", "tokenizers", "transformers", "triton", "typer",
 }  # fmt: skip
-OF_TORCH = {
-    "flint",
-    "mpmath",
-    "triton",
-}  # which PyTorch itself imports at the first call of an operator (sympy, inductor)
 COMMAND = re.compile(r"(?:cce-precision|python3? -m cce_precision) +([a-z][a-z-]*)")
 
 
@@ -64,12 +59,12 @@ def fresh(code: str, path: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def modules_after(code: str, path: Path = ROOT) -> set[str]:
+def modules_after(code: str) -> set[str]:
     """The modules that `code` brings beyond those of torch alone."""
     count = (
         "import sys, json, torch; before = set(sys.modules); {}; print(json.dumps(sorted(set(sys.modules) - before)))"
     )
-    return set(json.loads(fresh(count.format(code), path)))
+    return set(json.loads(fresh(count.format(code))))
 
 
 def roots(modules: set[str]) -> set[str]:
@@ -160,16 +155,6 @@ def test_the_library_brings_no_heavy_module() -> None:
     assert not roots(brought) & {"variants", "analysis"}
 
 
-def test_a_call_on_the_cpu_brings_no_analysis() -> None:
-    call = (
-        "from cce_precision import linear_cross_entropy as f; e = torch.ones(2, 3, requires_grad=True); "
-        "f(e, torch.ones(4, 3), torch.tensor([0, 1])).backward()"
-    )
-    brought = modules_after(call)
-    assert not {m for m in brought if m.startswith(("cce_precision.analysis", "cce_precision.cli"))}
-    assert roots(brought) & (HEAVY - OF_TORCH) == set()
-
-
 def test_help_and_the_table_of_variants_are_quick_to_import() -> None:
     brought = modules_after("import cce_precision.cli, cce_precision.variants")
     assert roots(brought) & (HEAVY - {"typer", "rich"}) == set()
@@ -258,8 +243,6 @@ def test_the_wheel_holds_all_and_works_elsewhere(source: Path, tmp_path: Path) -
     assert Path(where).is_relative_to(elsewhere) and Path(analysis).is_relative_to(elsewhere)
     assert int(count) == len(cce_precision.variants.ALL)
     assert float(loss) > 0
-    brought = modules_after("from cce_precision import linear_cross_entropy", elsewhere)
-    assert roots(brought) & HEAVY == set()
 
 
 def test_the_sdist_makes_the_same_wheel(source: Path, tmp_path: Path) -> None:
