@@ -15,7 +15,7 @@ from torch import Tensor
 from ..numerics import FilterKind, Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
-__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "supports"]
+__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "scaled", "supports"]
 
 
 @functools.lru_cache(maxsize=None)
@@ -101,6 +101,14 @@ def forward_one_pass(
 
     with _on(problem.e.device):
         return run(problem, plan)
+
+
+def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """unit (fp32) times factor (0-dim), rounded once to the dtype of `like`: what turns `forward_one_pass`'s gradients into the final."""
+    from .one_pass import scaled as run
+
+    with _on(unit.device):
+        return run(unit, factor, like)
 
 
 def backward(

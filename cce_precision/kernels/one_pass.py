@@ -20,13 +20,14 @@ from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
 from .dz import block_rows, write_powers
-from .primitives import wide
+from .primitives import round_to, wide
 from .terms import RowTerms, clean_rows
 from .tile_filter import survivors
 
-__all__ = ["forward_one_pass", "tokens_a_chunk"]
+__all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
 
 _FEWEST_TOKENS = 1024
+_COLUMNS_A_SUM = 32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
 _LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
 
 
@@ -143,6 +144,20 @@ def add_labels_kernel(
         tl.store(at, value, mask=j < d)
 
 
+@triton.jit
+def scaled_kernel(unit, factor, out, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(unit + i, mask=i < size) * tl.load(factor)
+    tl.store(out + i, round_to(value, out.dtype.element_ty), mask=i < size)
+
+
+def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """unit (fp32, contiguous) times factor (0-dim fp32), rounded once to the dtype of `like`."""
+    out = torch.empty(unit.shape, dtype=like.dtype, device=unit.device)
+    scaled_kernel[(triton.cdiv(unit.numel(), 4096),)](unit, factor, out, unit.numel(), BLOCK=4096, num_warps=8)
+    return out
+
+
 def _powers(
     problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +213,9 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor 
         label[chunk] = torch.where(inside, torch.expm1(-loss), 0)
         factor = torch.where(inside, torch.exp(reference - z_t[chunk] - loss), 0)  # exp(r - lse)
         if d_e is not None:
-            accumulate_product(d_e[chunk], powers[:size], c, True)
+            for column in range(0, v, _COLUMNS_A_SUM):
+                run = slice(column, min(column + _COLUMNS_A_SUM, v))
+                accumulate_product(d_e[chunk], powers[:size, run], c[run], column == 0)
             finish_rows_kernel[(size, triton.cdiv(d, features))](
                 d_e[chunk], c, targets[chunk], factor, label[chunk], d, tuple(c.stride()), FEATURES=features
             )
@@ -209,5 +226,5 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor 
         values, order = torch.sort(targets, stable=True)
         width = min(512, features)
         add_labels_kernel[(n, triton.cdiv(d, width))](d_c, e, values, order, label, n, d, TOKENS=16, FEATURES=width)
-    empty = nll.new_empty(0)
-    return Heads(nll, lse, empty, empty, torch.empty(0, dtype=torch.int64, device=device)), (d_e, d_c, None)
+    argmax = torch.empty(0, dtype=torch.int64, device=device)
+    return Heads(nll, lse, nll.new_empty(0), nll.new_empty(0), argmax), (d_e, d_c, None)
