@@ -39,7 +39,7 @@ def verdict_on(k: Knobs, change: Callable[[Call, Outputs], Outputs]) -> Verdict:
 
 
 def typical(impl: str, **changes: object) -> Knobs:
-    return dataclasses.replace(TYPICAL, impl=impl, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(TYPICAL, impl=impl, **changes)
 
 
 # Defects of the outputs.
