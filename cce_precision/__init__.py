@@ -1,4 +1,4 @@
-"""The cross-entropy of a large-vocabulary linear head without its logits, in interchangeable variants of known error."""
+"""The cross-entropy of a large-vocabulary linear head without its logits, in variants of known error."""
 
 from .interface import (
     FilterStatistics,

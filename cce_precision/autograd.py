@@ -1,6 +1,7 @@
 """The passes as two `torch.library` operators, differentiable once, for all tiled variants.
 
-The plan (variant and scalars) travels as a string, so that `torch.compile` sees constants and the operators stay opaque to it.
+The plan (variant and scalars) travels as a string, so that `torch.compile` sees constants and the operators stay opaque
+to it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def _say_once(reason: str) -> None:
 
 
 def choose_backend(problem: Problem, plan: Plan) -> str:
-    """"triton" or "eager". Raises ValueError where backend="triton" was demanded and cannot run this call, with the reason."""
+    """ "triton" or "eager". Raises ValueError where backend="triton" was demanded and cannot run this call, with the
+    reason."""
     if plan.backend == "eager":
         return "eager"
     reason = kernels.supports(problem, plan)
@@ -43,7 +45,9 @@ def choose_backend(problem: Problem, plan: Plan) -> str:
 
 def _in_one_pass(problem: Problem, plan: Plan) -> bool:
     """Whether the forward pass computes the gradients too, in the workspace that the caller allows."""
-    return plan.one_pass is not None and choose_backend(problem, plan) == "triton" and kernels.one_pass_fits(problem, plan)
+    return (
+        plan.one_pass is not None and choose_backend(problem, plan) == "triton" and kernels.one_pass_fits(problem, plan)
+    )
 
 
 # Returns the heads, and where the forward pass computes gradients too, those of sum_i nll_i in fp32 (else empty).
@@ -69,7 +73,9 @@ def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
     new = lambda wanted, kind=problem.compute_dtype: e.new_empty(problem.n if wanted else 0, dtype=kind)  # noqa: E731
-    wanted = decoded.one_pass if decoded.one_pass is not None and _in_one_pass(problem, decoded) else (False, False, False)
+    wanted = (
+        decoded.one_pass if decoded.one_pass is not None and _in_one_pass(problem, decoded) else (False, False, False)
+    )
     unit = lambda x, wanted: e.new_empty(x.shape if wanted and x is not None else 0, dtype=torch.float32)  # noqa: E731
     return (
         new(True),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,46 @@ def memory(
         print(json.dumps(rows, indent=2))
     else:
         Console().print(figure.table(rows, gpus=gpus, gigabytes=gigabytes, tokens=tokens))
+
+
+@app.command()
+def report(
+    data: list[Path] = typer.Option([], help="A captured head, FILE.safetensors; may be given several times."),
+    variants: str = typer.Option("auto", help="Variants by name, separated by commas, or all."),
+    eps: str = typer.Option("auto", help="Thresholds: 2^-12, 1e-3, or a range 2^-4..2^-24 in steps of 2^2."),
+    dtype: str = typer.Option("auto", help="bf16, fp16, fp32, separated by commas; auto: bf16, and fp16 when trained."),
+    case: str = typer.Option("auto", help="captured, init, trained, confident, ties, offset, separated by commas."),
+    out: Path = typer.Option(Path("reports/latest"), help="Folder for results.parquet, the figures and index.html."),
+    engine: str = typer.Option("local", help="local, or ray (spread over machines)."),
+    workers: int = typer.Option(0, min=0, help="Cells at a time; 0: as many as the CPUs hold."),
+    threads: int = typer.Option(1, min=1, help="Threads of a cell; the last bits of a result may depend on it."),
+    tokens: int = typer.Option(512, min=0, help="Only the first so many tokens of each head; 0: all."),
+    seed: int = typer.Option(0, help="Seed of synthetic cases and of variants that sample."),
+    page: bool = typer.Option(False, "--page-only", help="Measure nothing: draw the page from results.parquet."),
+) -> None:
+    """Error of every variant against its threshold on real heads: a table, figures, a page that says which to take."""
+    from cce_precision.analysis import engines, sweep
+    from cce_precision.analysis import report as reporting
+
+    if page:
+        with bad_option("--out"):
+            reporting.redraw(out, Console())
+        return
+    with bad_option("--engine/--workers"):
+        chosen = engines.engine(engine, workers or None)
+    with bad_option("--data/--variants/--eps/--dtype/--case"):
+        plan, notes = reporting.plan(
+            data=data,
+            variants=None if variants == "auto" else names(variants),
+            eps=None if eps == "auto" else sweep.parse_eps(eps),
+            dtypes=None if dtype == "auto" else names(dtype),
+            cases=None if case == "auto" else names(case),
+            tokens=tokens or None,
+            seed=seed,
+            threads=threads,
+        )
+    command = shlex.join(["cce-precision", *sys.argv[1:]])
+    raise typer.Exit(reporting.run(plan, out, chosen, command, Console(), notes))
 
 
 @app.command()

@@ -17,18 +17,29 @@ from .parallel import VocabParallelOptions
 from .problem import Heads, Plan, Problem
 from .variants import DEFAULT, get
 
-__all__ = ["FilterStatistics", "LinearCrossEntropy", "LinearCrossEntropyOutput", "compute_z_loss", "linear_cross_entropy"]
+__all__ = [
+    "FilterStatistics",
+    "LinearCrossEntropy",
+    "LinearCrossEntropyOutput",
+    "compute_z_loss",
+    "linear_cross_entropy",
+]
 
 IGNORE_INDEX = -100
 
 
 class FilterStatistics(NamedTuple):
-    """What the filter did to each token of a call, and how far it can have moved the gradient of e; shapes as the unreduced loss."""
+    """What the filter did to each token of a call, and how far it can have moved the gradient of e; shapes as the
+    unreduced loss."""
 
-    kept_mass: Tensor  # sum_j P^_j, the probability that enters dE, the target's included; 1 without a filter, 0 where ignored
+    kept_mass: (
+        Tensor  # sum_j P^_j, the probability that enters dE, the target's included; 1 without a filter, 0 where ignored
+    )
     hits: Tensor  # int64, entries of the softmax row that enter dE
     path: str  # "plain", "compiled", "eager" or "triton": what computed the call
-    certificate: Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
+    certificate: (
+        Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
+    )
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -74,25 +85,29 @@ def linear_cross_entropy(
     """The cross-entropy of z = softcap(e c^T + bias) / temperature against `targets`, without the logits in memory.
 
     Args:
-        e: (..., D) embeddings, fp16, bf16, fp32 or fp64; any strides. Under autocast, e, c and bias are cast as by `F.linear`.
+        e: (..., D) embeddings, fp16, bf16, fp32 or fp64; any strides. Under autocast, e, c and bias are cast as by
+            `F.linear`.
         c: (V, D) classifier; may differ from e in dtype, products then see the common dtype.
-        targets: (...) integer class indices in [0, V), or `ignore_index`, whose tokens count nowhere, whatever e holds there.
+        targets: (...) integer class indices in [0, V), or `ignore_index`, whose tokens count nowhere, whatever e holds
+            there.
         bias: (V,) added to the logits before the softcap; -inf masks a class.
         softcap: s > 0 for z = s tanh(y / s); None for none.
         reduction: "mean" (over the tokens that count, by class weight as `F.cross_entropy`), "sum" or "none".
-        shift: k pairs e[..., i, :] with targets[..., i + k] for causal models, without copying e; True is 1. An unreduced loss
-            then has shape (..., T - k).
+        shift: k pairs e[..., i, :] with targets[..., i + k] for causal models, without copying e; True is 1. An
+            unreduced loss then has shape (..., T - k).
         return_lse: also return the log-sum-exp of each token, differentiable, 0 where ignored: (loss, lse).
-        filter_eps: probability below which a filtering variant skips; "auto" is finfo(dtype).eps / 32; None filters nothing.
-        accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
+        filter_eps: probability below which a filtering variant skips; "auto" is finfo(dtype).eps / 32; None filters
+        nothing. accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
         filter_e_grad, filter_c_grad: False leaves that gradient unfiltered.
         impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record.
         vocab_parallel_options: not available in this version; anything but None raises.
         backend: "triton" demands the kernels, "eager" plain PyTorch, "auto" takes the kernels where they can run.
         tolerance: not available in this version; anything but None raises.
         workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default.
-        seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a run.
-        validate: whether to check the range of targets: True, False, or "auto" (only where it costs no synchronisation).
+        seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a
+            run.
+        validate: whether to check the range of targets: True, False, or "auto" (only where it costs no
+            synchronisation).
         label_smoothing: in [0, 1], as `F.cross_entropy`.
         class_weight: (V,) weights, as `weight` of `F.cross_entropy`; not differentiated.
         temperature: > 0, divides the logits after the softcap.
@@ -101,18 +116,20 @@ def linear_cross_entropy(
         return_stats: also return `FilterStatistics`, at the cost of one more pass over the logits.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), a scalar or for reduction "none" a tensor of the targets' shape, 0 where ignored.
-        With return_lse alone (loss, lse); with any of return_entropy, return_argmax or return_stats a `LinearCrossEntropyOutput`.
-        The mean over no token is NaN, as in PyTorch, with zero gradients. NaN and inf stay in their token's row (and in dC).
+        The loss, fp32 (fp64 for fp64 inputs), a scalar or for reduction "none" a tensor of the targets' shape, 0 where
+        ignored. With return_lse alone (loss, lse); with any of return_entropy, return_argmax or return_stats a
+        `LinearCrossEntropyOutput`. The mean over no token is NaN, as in PyTorch, with zero gradients. NaN and inf stay
+        in their token's row (and in dC).
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         NotImplementedError: on differentiating a gradient again.
 
-    Error guarantee: `cce_precision.analysis.bounds` evaluates a rigorous bound for each variant; the loss is formed in fp32 as
-    log1p of the odds against the target, accurate to a few ulp beyond the error of the logits themselves.
+    Error guarantee: `cce_precision.analysis.bounds` evaluates a rigorous bound for each variant; the loss is formed in
+    fp32 as log1p of the odds against the target, accurate to a few ulp beyond the error of the logits themselves.
 
-    Sources: Wijmans et al., arXiv 2411.09009 (the method); Blanchard, Higham and Higham, doi 10.1093/imanum/draa038 (lse).
+    Sources: Wijmans et al., arXiv 2411.09009 (the method); Blanchard, Higham and Higham, doi 10.1093/imanum/draa038
+        (lse).
     """
     variant = get(impl)
     options = validation.Options(
@@ -123,7 +140,8 @@ def linear_cross_entropy(
     validation.check_tensors(e, c, targets, bias, class_weight, options)
     if vocab_parallel_options is not None:
         raise ValueError(
-            "vocab_parallel_options: no variant of this version runs vocabulary-parallel; gather the classifier and leave it None"
+            "vocab_parallel_options must be None: no variant of this version runs vocabulary-parallel, "
+            f"got {vocab_parallel_options!r}"
         )
     variant = variant.configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
     e, c, bias = _autocast(e, c, bias)
@@ -212,7 +230,8 @@ def _seed(seed: int | None, device: torch.device) -> Tensor:
 
 
 def _per_token_loss(heads: Heads, targets: Tensor, weight: Tensor | None, smoothing: float, v: int) -> Tensor:
-    """(N,) losses from the heads: (1 - smoothing) w_t nll + smoothing / V sum_j w_j (lse - z_j), as `F.cross_entropy`."""
+    """(N,) losses from the heads: (1 - smoothing) w_t nll + smoothing / V sum_j w_j (lse - z_j), as
+    `F.cross_entropy`."""
     loss = heads.nll
     if weight is not None:
         loss = loss * torch.where(targets >= 0, weight[targets.clamp(min=0)], 0)
@@ -269,7 +288,8 @@ def compute_z_loss(
             targets = targets[..., offset:]
         if targets.shape != lse.shape:
             raise ValueError(
-                f"lse and targets (after shift={shift!r}) must have one shape, got {tuple(lse.shape)} and {tuple(targets.shape)}"
+                f"lse and targets (after shift={shift!r}) must have one shape, "
+                f"got {tuple(lse.shape)} and {tuple(targets.shape)}"
             )
         valid = targets != ignore_index
         z_loss = torch.where(valid, z_loss, 0)
@@ -291,7 +311,9 @@ class LinearCrossEntropy(nn.Module):
         known = validation.option_names(linear_cross_entropy)
         for name in options:
             if name not in known:
-                raise TypeError(f"LinearCrossEntropy got an unknown option {name!r}; allowed: {', '.join(sorted(known))}")
+                raise TypeError(
+                    f"LinearCrossEntropy got an unknown option {name!r}; allowed: {', '.join(sorted(known))}"
+                )
         get(options.get("impl", DEFAULT))
         validation.check_reduction(options.get("reduction", "mean"))
         self.options = options

@@ -1,7 +1,8 @@
-"""The words of low-precision softmax gradients: filters, accumulations, operands, and the `Variant` record made of them.
+"""The words of low-precision softmax gradients: filters, accumulations, operands, and the `Variant` record made of
+them.
 
-This module is a leaf: it imports nothing of the project. Every pass, kernel, bound and report derives its behaviour from the
-records defined here, so a new variant is a new record and nothing else.
+This module is a leaf: it imports nothing of the project. Every pass, kernel, bound and report derives its behaviour
+from the records defined here, so a new variant is a new record and nothing else.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Path(str, enum.Enum):
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of one rounding to nearest: 2^-8 for bf16, 2^-11 for fp16, 2^-24 for fp32, 2^-53 for fp64."""
+    """Largest relative error of one rounding to nearest: 2^-8 for bf16, 2^-11 for fp16, 2^-24 for fp32, 2^-53 for
+    fp64."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -82,8 +84,8 @@ def auto_eps(dtype: torch.dtype) -> float:
 class Filter:
     """Which softmax entries of a gradient are skipped or sampled.
 
-    `eps` is a probability, tested before any upstream factor; None stands for `auto_eps` of the common dtype of e and c.
-    `share` matters for subsets alone: one of every `share` neighbours is kept.
+    `eps` is a probability, tested before any upstream factor; None stands for `auto_eps` of the common dtype of e and
+    c. `share` matters for subsets alone: one of every `share` neighbours is kept.
     """
 
     kind: FilterKind = FilterKind.NONE
@@ -124,10 +126,10 @@ NO_FILTER = Filter()
 class Variant:
     """One way to compute the loss and its gradients, as a record of its numerics.
 
-    `label_apart`: the label's part of dZ (the target's term in complement form) is added in fp32 beside the second products;
-    otherwise it is an entry of the rounded operand, as in the paper.
-    `sort_vocabulary`: columns are visited in the order of falling mean logit, which gathers the survivors in few tiles and
-    makes neighbours alike for subset sampling.
+    `label_apart`: the label's part of dZ (the target's term in complement form) is added in fp32 beside the second
+    products; otherwise it is an entry of the rounded operand, as in the paper.
+    `sort_vocabulary`: columns are visited in the order of falling mean logit, which gathers the survivors in few tiles
+    and makes neighbours alike for subset sampling.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """
 
@@ -180,8 +182,8 @@ class Variant:
     ) -> Variant:
         """This variant with the caller's options. Raises ValueError for an option that it cannot honour.
 
-        `filter_eps`: "auto", a probability, or None for no filter; `accum_*_fp32`: sum that gradient in fp32 whatever the
-        record says; `filter_*_grad=False`: leave that gradient unfiltered.
+        `filter_eps`: "auto", a probability, or None for no filter; `accum_*_fp32`: sum that gradient in fp32 whatever
+        the record says; `filter_*_grad=False`: leave that gradient unfiltered.
         """
         changed: dict[str, object] = {}
         if filter_eps is None:
@@ -189,8 +191,8 @@ class Variant:
         elif filter_eps != "auto":
             if not self.filtered:
                 raise ValueError(
-                    f"filter_eps={filter_eps!r}: impl {self.name!r} filters nothing; leave filter_eps='auto', or choose a "
-                    "variant with a filter, such as 'cce'"
+                    f"filter_eps={filter_eps!r}: impl {self.name!r} filters nothing; "
+                    "leave filter_eps='auto', or choose a variant with a filter, such as 'cce'"
                 )
             if isinstance(filter_eps, bool) or not isinstance(filter_eps, (int, float)) or not 0 <= filter_eps <= 1:
                 raise ValueError(f"filter_eps must be 'auto', None or a probability in [0, 1], got {filter_eps!r}")

@@ -1,7 +1,8 @@
-"""`Problem`: one flat call as the passes see it; `Plan`: how to compute it; `Heads` and `Upstream`: what goes out and comes back.
+"""`Problem`: one flat call as the passes see it; `Plan`: how to compute it; `Heads` and `Upstream`: what goes out and
+comes back.
 
-The passes know four per-token quantities, the heads, and nothing of reductions, class weights or label smoothing, which are
-linear in the heads and therefore composed (and differentiated by PyTorch) in `interface`:
+The passes know four per-token quantities, the heads, and nothing of reductions, class weights or label smoothing, which
+are linear in the heads and therefore composed (and differentiated by PyTorch) in `interface`:
 
     nll_i     = lse_i - z[i, t_i]                       (complement form: log1p of the odds against the target)
     lse_i     = log sum_j exp z_ij
@@ -13,11 +14,13 @@ with z = cap(e c^T + bias) / temperature and cap(y) = softcap tanh(y / softcap).
     dZ_ij = P_ij (alpha_i - kappa_i (log P_ij + entropy_i)) - beta_i [j = t_i] - sigma_i w_j,
     alpha = g_nll + g_lse + sum(w) g_smooth,   beta = g_nll,   kappa = g_entropy,   sigma = g_smooth,
 
-where the target's entry is taken in complement form: -beta (1 - P_t) + (alpha - beta) P_t - ..., 1 - P_t = -expm1(-nll).
+where the target's entry is taken in complement form: -beta (1 - P_t) + (alpha - beta) P_t - ..., 1 - P_t =
+-expm1(-nll).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,7 +34,8 @@ __all__ = ["Heads", "Plan", "Problem", "Statistics", "Upstream"]
 
 
 class Heads(NamedTuple):
-    """Per-token outputs, each (N,) in the compute dtype (argmax: int64); 0 on ignored tokens; empty (0,) where not asked for."""
+    """Per-token outputs, each (N,) in the compute dtype (argmax: int64); 0 on ignored tokens; empty (0,) where not
+    asked for."""
 
     nll: Tensor
     lse: Tensor
@@ -50,11 +54,14 @@ class Upstream(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,)."""
+    """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,).
+
+    The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||.
+    """
 
     kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter
     hits: Tensor  # entries with P^_ij > 0, int64
-    deviation: Tensor  # upper bound of sum_j |P^_ij - P_ij|, rounding included: ||error of dE_i|| <= |g_i| deviation_i max_j ||C_j||
+    deviation: Tensor  # upper bound of sum_j |P^_ij - P_ij|, rounding included
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ class Plan:
     want_argmax: bool = False
     backend: str = "auto"  # "auto" | "triton" | "eager"
     workspace_mb: int | None = None  # None: the backend's default
-    # Gradients (of e, c, bias) that the forward pass may compute with it, because every token's upstream gradient will be one
-    # scalar, that of a summed nll; None where it may not.
+    # Gradients (of e, c, bias) that the forward pass may compute with it, because every token's upstream gradient will
+    # be one scalar, that of a summed nll; None where it may not.
     one_pass: tuple[bool, bool, bool] | None = None
 
     def encode(self) -> str:
@@ -92,18 +99,37 @@ class Plan:
         """The plan that `encode` wrote; the variant without its summary and aliases, which no pass reads."""
         fields = iter(text.split("|"))
         flag = lambda: next(fields) == "True"  # noqa: E731
-        number = lambda kind: (lambda x: None if x == "None" else kind(x))(next(fields))  # noqa: E731
-        name, path, operand = next(fields), Path(next(fields)), Operand(next(fields))
-        accum_e, accum_c = Accumulation(next(fields)), Accumulation(next(fields))
-        filters = [
-            Filter(FilterKind(next(fields)), Granularity(next(fields)), number(float), number(int)) for _ in range(2)
-        ]
+        optional = lambda kind: (lambda x: None if x == "None" else kind(x))(next(fields))  # noqa: E731
+
+        def filter_() -> Filter:
+            kind, granularity = FilterKind(next(fields)), Granularity(next(fields))
+            return Filter(kind, granularity, optional(float), int(next(fields)))
+
         variant = Variant(
-            name, "", (), path, *filters, operand, accum_e, accum_c, flag(), flag(), (number(int), number(int))
+            next(fields),
+            "",
+            path=Path(next(fields)),
+            operand=Operand(next(fields)),
+            accum_e=Accumulation(next(fields)),
+            accum_c=Accumulation(next(fields)),
+            filter_e=filter_(),
+            filter_c=filter_(),
+            label_apart=flag(),
+            sort_vocabulary=flag(),
+            tile=(int(next(fields)), int(next(fields))),
         )
-        scalars = (number(float), number(float), flag(), flag(), flag(), next(fields), number(int))
+        plan = Plan(
+            variant,
+            softcap=optional(float),
+            temperature=float(next(fields)),
+            want_entropy=flag(),
+            want_smooth=flag(),
+            want_argmax=flag(),
+            backend=next(fields),
+            workspace_mb=optional(int),
+        )
         one_pass = [x == "True" for x in fields if x != "None"]
-        return Plan(variant, *scalars, one_pass=(one_pass[0], one_pass[1], one_pass[2]) if one_pass else None)
+        return dataclasses.replace(plan, one_pass=(one_pass[0], one_pass[1], one_pass[2])) if one_pass else plan
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,12 @@ def check_options(options: Options) -> None:
         allowed = "None or a finite number > 0" if optional else "a finite number > 0"
         if not _is_number(value):
             raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-        if not (math.isfinite(value) and value > 0):  # type: ignore[arg-type]
+        if not (math.isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
     if not _is_number(o.label_smoothing):
         raise TypeError(
-            f"label_smoothing must be a number in [0, 1], got {o.label_smoothing!r} of type {type(o.label_smoothing).__name__}"
+            f"label_smoothing must be a number in [0, 1], "
+            f"got {o.label_smoothing!r} of type {type(o.label_smoothing).__name__}"
         )
     if not 0 <= o.label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be a number in [0, 1], got {o.label_smoothing!r}")
@@ -89,7 +90,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {o.backend!r}")
     if o.tolerance is not None:
         raise ValueError(
-            f"tolerance={o.tolerance!r}: no variant of this version chooses itself by tolerance; leave it None and name an impl"
+            f"tolerance must be None: no variant of this version chooses itself by tolerance; name an impl, "
+            f"got {o.tolerance!r}"
         )
     if o.workspace_mb is not None and not (_is_integer(o.workspace_mb) and o.workspace_mb > 0):
         raise ValueError(f"workspace_mb must be None or an int > 0 (MiB), got {o.workspace_mb!r}")
@@ -112,7 +114,9 @@ def check_tensors(
         if x is not None and x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if targets.dtype not in INTEGERS:
-        raise TypeError(f"targets must be integer class indices (int64, int32, int16, int8 or uint8), got {targets.dtype}")
+        raise TypeError(
+            f"targets must be integer class indices (int64, int32, int16, int8 or uint8), got {targets.dtype}"
+        )
     if class_weight is not None and not class_weight.is_floating_point():
         raise TypeError(f"class_weight must be a floating-point tensor, got {class_weight.dtype}")
     for name, x in (("c", c), ("targets", targets), ("bias", bias), ("class_weight", class_weight)):
@@ -121,10 +125,13 @@ def check_tensors(
     if c.ndim != 2 or 0 in c.shape:
         raise ValueError(f"c must have shape (V, D) with V >= 1 and D >= 1, got {tuple(c.shape)}")
     if e.ndim < 2 or e.shape[-1] != c.shape[1]:
-        raise ValueError(f"e must have shape (..., D) with at least 2 dimensions and D = {c.shape[1]} as c, got {tuple(e.shape)}")
+        raise ValueError(
+            f"e must have shape (..., D) with at least 2 dimensions and D = {c.shape[1]} as c, got {tuple(e.shape)}"
+        )
     if targets.shape != e.shape[:-1]:
         raise ValueError(
-            f"targets must have shape {tuple(e.shape[:-1])}, that of e without its last dimension, got {tuple(targets.shape)}"
+            f"targets must have shape {tuple(e.shape[:-1])}, that of e without its last dimension, "
+            f"got {tuple(targets.shape)}"
         )
     for name, x in (("bias", bias), ("class_weight", class_weight)):
         if x is not None and x.shape != (c.shape[0],):
@@ -134,11 +141,14 @@ def check_tensors(
             f"shift must be smaller than the last dimension of targets, {targets.shape[-1]}, got {options.shift!r}"
         )
     if class_weight is not None and class_weight.requires_grad:
-        raise ValueError("class_weight must not require a gradient: none is computed for it; pass class_weight.detach()")
+        raise ValueError(
+            "class_weight must not require a gradient: none is computed for it; pass class_weight.detach()"
+        )
 
 
 def should_check_range(options: Options, targets: Tensor) -> bool:
-    """Whether to look at the targets' values: not under torch.compile, and by default not where it would synchronise."""
+    """Whether to look at the targets' values: not under torch.compile, and by default not where it would
+    synchronise."""
     if torch.compiler.is_compiling():
         return False
     return targets.device.type == "cpu" if options.validate == "auto" else bool(options.validate)

@@ -145,7 +145,7 @@ def test_operands(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for operand in Operand:
         variant = dataclasses.replace(ALL["cce_exact"], operand=operand)
         pass_ = Backward(problem, Plan(variant), heads, Upstream(torch.ones(problem.n)), torch.tensor(0))
-        index, place = next(iter(row_blocks(problem, pass_.rows, 16)))
+        index = next(iter(row_blocks(problem, pass_.rows, 16)))
         columns = next(iter(column_blocks(problem, None, 32)))
         block = pass_.block(problem.e[index].float(), problem.c[columns.index].float(), index, columns)
         x = torch.randn(block.p.shape, generator=torch.Generator().manual_seed(1))
@@ -185,7 +185,7 @@ def test_tile_filter_drops_exactly_the_small_tiles(impl: str, eps: float) -> Non
     margin = (difference.abs() / eps).log().abs()
     expected_e, expected_c = torch.zeros(30, 6, dtype=torch.float64), torch.zeros(70, 6, dtype=torch.float64)
     dropped = 0
-    for index, _ in row_blocks(problem, rows, 8):
+    for index in row_blocks(problem, rows, 8):
         for columns in column_blocks(problem, order, 16):
             block = difference[index][:, columns.index]
             assert margin[index][:, columns.index].min() > 0  # no entry sits on the threshold itself

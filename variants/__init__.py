@@ -24,9 +24,7 @@ _NAMES = (
     "cce_subsampled",
 )
 
-ALL: dict[str, Variant] = {
-    name: importlib.import_module(f"cce_precision.variants.{name}").VARIANT for name in _NAMES
-}
+ALL: dict[str, Variant] = {name: importlib.import_module(f"cce_precision.variants.{name}").VARIANT for name in _NAMES}
 DEFAULT = "cce_exact"
 
 _BY_ALIAS = {alias: variant for variant in ALL.values() for alias in (variant.name, *variant.aliases)}

@@ -1,4 +1,5 @@
-"""`cce`: Cut Cross-Entropy as published: tiles whose |P - onehot| stays below eps are skipped, sums live in the input dtype.
+"""`cce`: Cut Cross-Entropy as published: tiles whose |P - onehot| stays below eps are skipped, sums live in the input
+dtype.
 
 Source: Wijmans et al., arXiv 2411.09009."""
 

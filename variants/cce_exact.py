@@ -1,4 +1,5 @@
-"""`cce_exact`: nothing filtered, fp32 sums rounded once, the target's term in fp32. What is left is the rounding of dZ and of the output."""
+"""`cce_exact`: nothing filtered, fp32 sums rounded once, the target's term in fp32. What is left is the rounding of dZ
+and of the output."""
 
 from cce_precision.numerics import Variant
 

@@ -1,4 +1,5 @@
-"""`cce_no_filter`: the paper's method with nothing skipped, so that what remains is the error of rounding and of 16-bit sums."""
+"""`cce_no_filter`: the paper's method with nothing skipped, so that what remains is the error of rounding and of
+16-bit sums."""
 
 from cce_precision.numerics import Accumulation, Variant
 

@@ -1,4 +1,5 @@
-"""`cce_sparse`: softmax entries below eps are dropped one by one, so dZ is a sparse matrix and the backward two sparse products.
+"""`cce_sparse`: softmax entries below eps are dropped one by one, so dZ is a sparse matrix and the backward two sparse
+products.
 
 The error is the dropped mass, which always points along the same direction; the statistics bound it."""
 

@@ -1,4 +1,5 @@
-"""`cce_split`: `cce_exact` with dZ as a hi + lo pair, which removes its rounding: the error is that of rounding the output."""
+"""`cce_split`: `cce_exact` with dZ as a hi + lo pair, which removes its rounding: the error is that of rounding the
+output."""
 
 from cce_precision.numerics import Operand, Variant
 

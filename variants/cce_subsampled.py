@@ -1,7 +1,8 @@
-"""`cce_subsampled`: exact above eps; below it one of every `share` columns (for dE) or tokens (for dC), with weight `share`.
+"""`cce_subsampled`: exact above eps; below it one of every `share` columns (for dE) or tokens (for dC), with weight
+`share`.
 
-For diffuse tails, whose entries are too many to sample one by one: each share is a small dense product. One column of every
-`share` neighbours in the order of mean logits is drawn at random, which is unbiased and stratified."""
+For diffuse tails, whose entries are too many to sample one by one: each share is a small dense product. One column of
+every `share` neighbours in the order of mean logits is drawn at random, which is unbiased and stratified."""
 
 from cce_precision.numerics import Filter, FilterKind, Granularity, Operand, Variant
 

@@ -1,4 +1,5 @@
-"""`cce_unbiased`: an entry P < eps is kept with probability P / eps and then counts as eps, so the expected gradient is exact.
+"""`cce_unbiased`: an entry P < eps is kept with probability P / eps and then counts as eps, so the expected gradient is
+exact.
 
 The variance of an entry is P (eps - P). Draws come from a counter-based hash of (seed, row, column).
 Source: Wangni et al., Gradient sparsification for communication-efficient distributed optimization, NeurIPS 2018."""

@@ -1,4 +1,5 @@
-"""`torch_compile`: the expression of `baseline` under `torch.compile`, for machines without Triton kernels and for old GPUs."""
+"""`torch_compile`: the expression of `baseline` under `torch.compile`, for machines without Triton kernels and for old
+GPUs."""
 
 from cce_precision.numerics import Path, Variant
 

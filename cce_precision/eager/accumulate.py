@@ -11,9 +11,9 @@ __all__ = ["Accumulator"]
 
 
 class Accumulator:
-    """A gradient (rows, D) under summation. Contributions arrive in the compute dtype and unscaled; `scale` is applied to each
-    before a low-precision addition, or once to an fp32 sum, so that no intermediate of the output's dtype under- or overflows
-    unless the result does.
+    """A gradient (rows, D) under summation. Contributions arrive in the compute dtype and unscaled; `scale` is applied
+    to each before a low-precision addition, or once to an fp32 sum, so that no intermediate of the output's dtype
+    under- or overflows unless the result does.
     """
 
     def __init__(self, shape: tuple[int, int], mode: Accumulation, dtype: torch.dtype, scale: Tensor) -> None:

@@ -1,7 +1,8 @@
 """The backward pass: the logits again, block by block, and the two second products, as the variant's record says.
 
-Order of work: for each run of columns, for each block of tokens. So dC of a run of columns is complete before it is rounded, and
-dE collects one contribution a run; both in the order of the tiles, which is what low-precision sums depend on.
+Order of work: for each run of columns, for each block of tokens. So dC of a run of columns is complete before it is
+rounded, and dE collects one contribution a run; both in the order of the tiles, which is what low-precision sums depend
+on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ MOST_GATHERED = 1024  # tokens whose rows are gathered at a time
 
 @dataclass(frozen=True)
 class RowFactors:
-    """The upstream gradient of each token, divided by one power of two so that dZ is O(1); all (N,) in the compute dtype."""
+    """The upstream gradient of each token, divided by one power of two so that dZ is O(1); all (N,) in the compute
+    dtype."""
 
     alpha: Tensor  # factor of P
     beta: Tensor  # factor of the one-hot target
@@ -46,7 +48,9 @@ class RowFactors:
     @staticmethod
     def of(upstream: Upstream, total_weight: Tensor | float, rows: Tensor, like: Tensor) -> RowFactors:
         zero = torch.zeros_like(like)
-        nll, lse, smooth = (zero if g is None else g.to(like.dtype) for g in (upstream.nll, upstream.lse, upstream.smooth))
+        nll, lse, smooth = (
+            zero if g is None else g.to(like.dtype) for g in (upstream.nll, upstream.lse, upstream.smooth)
+        )
         alpha = nll + lse + total_weight * smooth
         kappa = None if upstream.entropy is None else upstream.entropy.to(like.dtype)
         sigma = None if upstream.smooth is None else smooth
@@ -57,7 +61,8 @@ class RowFactors:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, without a host sync."""
+    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, without a host
+    sync."""
     if x.numel() == 0:
         return torch.ones((), dtype=x.dtype, device=x.device)
     largest = torch.where(x.isfinite(), x, 0).abs().amax()
@@ -161,7 +166,9 @@ class Backward:
             return torch.where(block.p < filt.threshold(dtype), rounded, x)
         return rounded
 
-    def run(self, height: int, width: int, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def run(
+        self, height: int, width: int, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """All gradients asked for, in blocks of (height, width)."""
         problem, variant, dtype = self.problem, self.variant, self.problem.compute_dtype
         need_e, need_c, need_bias = need
@@ -174,9 +181,13 @@ class Backward:
 
         for columns in column_blocks(problem, self.order, width):
             c = problem.c[columns.index].to(dtype)
-            sum_c = Accumulator((columns.width, problem.d), variant.accum_c, problem.c.dtype, self.scale) if need_c else None
+            sum_c = (
+                Accumulator((columns.width, problem.d), variant.accum_c, problem.c.dtype, self.scale)
+                if need_c
+                else None
+            )
             bias_sum = c.new_zeros(columns.width)
-            for index, place in row_blocks(problem, self.rows, height):
+            for index in row_blocks(problem, self.rows, height):
                 e = problem.e[index].to(dtype)
                 block = self.block(e, c, index, columns)
                 x_e = self.dz(block, variant.filter_e, True) if need_e or shared else None
@@ -211,7 +222,7 @@ class Backward:
     def weighted_embeddings(self) -> Tensor:
         """sum_i sigma_i e_i (D,)."""
         total = self.complement.new_zeros(self.problem.d)
-        for index, _ in row_blocks(self.problem, self.rows, MOST_GATHERED):
+        for index in row_blocks(self.problem, self.rows, MOST_GATHERED):
             total += self.factors.sigma[index] @ self.problem.e[index].to(total.dtype)  # type: ignore[index]
         return total
 
@@ -231,7 +242,7 @@ class Backward:
         """The parts of dE that stay out of the operand: the target's and the smoothing's."""
         if not (self.variant.label_apart or self.smooth_apart):
             return
-        for index, _ in row_blocks(self.problem, self.rows, MOST_GATHERED):
+        for index in row_blocks(self.problem, self.rows, MOST_GATHERED):
             part = self.complement.new_zeros(())
             if self.variant.label_apart:
                 x = self.target_term(index) * self.target_slope(index)
@@ -254,6 +265,7 @@ def backward(
     need: tuple[bool, bool, bool],
     seed: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed`: 0-dim int64, for random filters."""
+    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed`: 0-dim int64, for random
+    filters."""
     by_tile = plan.variant.tile_ordered
     return Backward(problem, plan, heads, upstream, seed).run(*block_shape(problem, plan, by_tile), need)

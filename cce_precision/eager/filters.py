@@ -14,7 +14,8 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijective mixer of 32-bit words held in int64 (constants: C. Wellons, hash-prospector, lowbias32; public domain)."""
+    """A bijective mixer of 32-bit words held in int64 (constants: C. Wellons, hash-prospector, lowbias32; public
+    domain)."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ (x >> 15)
@@ -23,7 +24,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def hash32(seed: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """A 32-bit word for each (seed, row, column), as int64; row and column broadcast. seed: 0-dim int64, all 64 bits count."""
+    """A 32-bit word for each (seed, row, column), as int64; row and column broadcast. seed: 0-dim int64, all 64 bits
+    count."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
     return _mix(_mix(_mix((row + low) & _MASK) ^ high) ^ _mix((column + 0x9E3779B9) & _MASK))
 
@@ -34,7 +36,8 @@ def uniform(seed: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> Te
 
 
 def tile_survives(p: Tensor, complement: Tensor, inside: Tensor, eps: float) -> Tensor:
-    """Whether some |P - onehot| in a tile reaches eps: p (rows, columns) with 0 at targets, 1 - P_t where the target is inside.
+    """Whether some |P - onehot| in a tile reaches eps: p (rows, columns) with 0 at targets, 1 - P_t where the target is
+    inside.
 
     NaN survives, so that it stays visible.
     """

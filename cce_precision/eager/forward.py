@@ -1,7 +1,8 @@
 """The forward pass: the heads of every token by an online softmax over column blocks, the target's logit kept apart.
 
-Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867; the complement form, log1p of the odds against the target,
-keeps nll and 1 - P_t to a few ulp however confident the row is (Blanchard, Higham and Higham, doi 10.1093/imanum/draa038).
+Source: online softmax, Milakov and Gimelshein, arXiv 1805.02867; the complement form, log1p of the odds against the
+target, keeps nll and 1 - P_t to a few ulp however confident the row is (Blanchard, Higham and Higham, doi
+10.1093/imanum/draa038).
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ def forward(problem: Problem, plan: Plan) -> Heads:
     weight = problem.column_weight
     total_weight = problem.v if weight is None else weight.sum()
 
-    for index, _ in row_blocks(problem, valid_rows(problem), height):
+    for index in row_blocks(problem, valid_rows(problem), height):
         e, targets = problem.e[index].to(dtype), problem.targets[index]
         state = OnlineSoftmax.start(targets.numel(), e, plan.want_entropy)
         z_t = e.new_zeros(targets.numel())
         best, where = torch.full_like(z_t, -torch.inf), torch.zeros_like(targets)
-        offset, weighted = None, torch.zeros_like(z_t)  # sum_j w_j (z_j - offset), so that a common offset cancels first
+        offset, weighted = (
+            None,
+            torch.zeros_like(z_t),
+        )  # sum_j w_j (z_j - offset), so that a common offset cancels first
         for columns in column_blocks(problem, None, width):
             z, _ = block_logits(problem, e, problem.c[columns.index].to(dtype), columns)
             if plan.want_argmax:
@@ -104,7 +108,8 @@ def forward(problem: Problem, plan: Plan) -> Heads:
 
 
 def _update_argmax(best: Tensor, where: Tensor, z: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-    """The largest logit so far and its column; the lowest column among equals. NaN counts as largest, as in torch.argmax."""
+    """The largest logit so far and its column; the lowest column among equals. NaN counts as largest, as in
+    torch.argmax."""
     value = z.amax(1)
     same = (z == value[:, None]) | z.isnan()
     first = same.to(torch.int32).argmax(1) + columns.start

@@ -17,8 +17,8 @@ __all__ = ["statistics"]
 def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Statistics:
     """Kept mass, hits and the bound of the L1 deviation of P^ from P, for the filter of dE; zeros on ignored tokens.
 
-    The deviation is inflated by a bound of the relative error of every computed probability (products in any order, Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1), so it holds for the exact softmax.
+    The deviation is inflated by a bound of the relative error of every computed probability (products in any order,
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), so it holds for the exact softmax.
     """
     pass_ = Backward(problem, plan, heads, Upstream(heads.nll), seed)
     filt = plan.variant.filter_e
@@ -30,14 +30,18 @@ def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Stat
     for columns in column_blocks(problem, pass_.order, width):
         c = problem.c[columns.index].to(problem.compute_dtype)
         longest_c = torch.maximum(longest_c, c.norm(dim=1).amax())
-        for index, _ in row_blocks(problem, pass_.rows, height):
+        for index in row_blocks(problem, pass_.rows, height):
             block = pass_.block(problem.e[index].to(problem.compute_dtype), c, index, columns)
             p = block.p
             p_t = torch.where(block.inside, torch.exp(-heads.nll[index]), 0)
             off_t = torch.zeros_like(p_t)
             if filt.by_tile:
                 alive = tile_survives(p, pass_.complement[index], block.inside, eps)
-                p_hat, off_t, p_t = p * alive, torch.where(block.inside & ~alive, pass_.complement[index], 0), p_t * alive
+                p_hat, off_t, p_t = (
+                    p * alive,
+                    torch.where(block.inside & ~alive, pass_.complement[index], 0),
+                    p_t * alive,
+                )
             elif filt.kind is FilterKind.NONE:
                 p_hat = p
             else:
@@ -52,12 +56,15 @@ def _inflate(problem: Problem, heads: Heads, deviation: Tensor, longest_c: Tenso
     """An upper bound of the exact deviation from the computed one."""
     u = unit_roundoff(problem.compute_dtype)
     longest_e = torch.zeros_like(heads.lse)
-    for index, _ in row_blocks(problem, torch.arange(problem.n, device=problem.e.device), 1024):
+    for index in row_blocks(problem, torch.arange(problem.n, device=problem.e.device), 1024):
         longest_e[index] = torch.nan_to_num(problem.e[index].to(longest_e.dtype)).norm(dim=1)
-    logit = 1.01 * (problem.d + 4) * u * longest_e * longest_c / problem.temperature  # error of one logit, both e and lse see it
+    logit = (
+        1.01 * (problem.d + 4) * u * longest_e * longest_c / problem.temperature
+    )  # error of one logit, both e and lse see it
     logit += 8 * u * heads.lse.abs()
     if problem.bias is not None:
         logit += 4 * u * problem.bias.to(logit.dtype).abs().amax() / problem.temperature
     relative = torch.expm1(2 * logit + (problem.v + 16) * u)
-    # P^ - P moves by at most `relative` of the mass that the filter touches, and an entry within it of eps may change sides.
+    # P^ - P moves by at most `relative` of the mass that the filter touches, and an entry within it of eps may change
+    # sides.
     return torch.where(problem.targets >= 0, deviation * (1 + relative) + 2 * relative, 0)

@@ -48,15 +48,11 @@ def valid_rows(problem: Problem) -> Tensor:
     return (problem.targets >= 0).nonzero().squeeze(1)
 
 
-def row_blocks(problem: Problem, rows: Tensor, size: int) -> Iterator[tuple[slice | Tensor, slice]]:
-    """Runs of `size` valid rows: their index into e, and their place among the valid rows.
-
-    The index is a slice (hence a view of e) where no token is ignored.
-    """
-    dense = rows.numel() == problem.n
+def row_blocks(problem: Problem, rows: Tensor, size: int) -> Iterator[slice | Tensor]:
+    """Runs of `size` of the given rows as indices into e: slices, hence views of e, where no token is ignored."""
     for start in range(0, rows.numel(), size):
-        place = slice(start, min(start + size, rows.numel()))
-        yield (place if dense else rows[place]), place
+        stop = min(start + size, rows.numel())
+        yield slice(start, stop) if rows.numel() == problem.n else rows[start:stop]
 
 
 def column_blocks(problem: Problem, order: Tensor | None, size: int) -> Iterator[Columns]:
@@ -67,7 +63,8 @@ def column_blocks(problem: Problem, order: Tensor | None, size: int) -> Iterator
 
 
 def vocabulary_order(problem: Problem, variant: Variant, rows: Tensor) -> Tensor | None:
-    """Columns by falling mean logit before the softcap, which is c . mean(e) + bias; None where the variant keeps the id order.
+    """Columns by falling mean logit before the softcap, which is c . mean(e) + bias; None where the variant keeps the
+    id order.
 
     The order decides which entries share a tile or a stratum, never what a gradient means.
     """
@@ -75,7 +72,7 @@ def vocabulary_order(problem: Problem, variant: Variant, rows: Tensor) -> Tensor
         return None
     dtype = problem.compute_dtype
     mean = torch.zeros(problem.d, dtype=dtype, device=problem.e.device)
-    for index, _ in row_blocks(problem, rows, _MOST_ROWS):
+    for index in row_blocks(problem, rows, _MOST_ROWS):
         mean += problem.e[index].to(dtype).sum(0)
     mean /= rows.numel()
     key = torch.empty(problem.v, dtype=dtype, device=problem.e.device)
