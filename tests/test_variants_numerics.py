@@ -158,7 +158,6 @@ def test_operands(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
             Operand.FP32_ABOVE: torch.where(block.p < 2.0**-6, once, x),
         }[operand]
         assert torch.equal(y, expected)
-        del place
 
 
 # Filters.
