@@ -153,7 +153,10 @@ class Call:
         if self.objective.reduction == "none":
             return losses
         total = losses.sum(0, p, self.machine.sum_depth(self.problem.n))
-        return total if self.objective.reduction == "sum" else total.over(self.denominator()).rounded(p)
+        if self.objective.reduction == "sum":
+            return total
+        mean = total.over(self.denominator()).rounded(p)
+        return Computed(mean.value, torch.where(mean.value.isnan(), 0.0, mean.error))  # the mean of nothing is NaN
 
     def factors(self) -> Factors:
         o, p = self.objective, self.p

@@ -72,7 +72,7 @@ def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine) -> Comput
     exact, inexact = sum(bits) <= available, None
     if exact and not machine.block and value.numel() * problem.d <= CLOSE_LOOK:
         largest = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
-        inexact = inexact_additions(e, c, bits, largest, available)
+        inexact = inexact_additions(e, c, bits, largest, problem.compute_dtype)
     error = machine.products(p, problem.d, absolute, value.abs(), problem.operand_dtype, exact, inexact)
     return Computed(value, error)
 

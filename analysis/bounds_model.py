@@ -58,8 +58,8 @@ def _lowest_bit(x: Tensor, bits: int) -> Tensor:
     return torch.where(x == 0, 2**14, exponent - bits + place - 1)
 
 
-def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tensor, p: int) -> Tensor:
-    """(N, V) how many additions of sum_k a_ik b_jk can round, in a sum of `p` significant bits and in any order.
+def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, V) how many additions of sum_k a_ik b_jk can round, in a sum held in `dtype`, in any order; 0: nothing does.
 
     a (N, D), b (V, D) of `bits` significant bits each; no partial sum exceeds `largest` (N, V). Let w be the ulp of
     `largest`. Partial sums of products that are multiples of w are exact. A product with lower bits makes its partial
@@ -70,7 +70,9 @@ def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tens
     """
     grid = _lowest_bit(a, bits[0])[:, None, :] + _lowest_bit(b, bits[1])[None, :, :]  # (N, V, D)
     _, top = torch.frexp(largest)
-    fine = (grid < (top - p)[:, :, None]).sum(2)
+    _, least = math.frexp(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    w = (top - significand_bits(dtype)).clamp(min=least - 1)
+    fine = (grid < w[:, :, None]).sum(2)
     return (4.0 * fine - 2).clamp(min=0)
 
 
@@ -140,7 +142,8 @@ class Machine:
         error = count * half_ulp(growth * (absolute + out) / 2, p.dtype)
         if not exact:
             error = error + p.u * growth * absolute
-        return torch.where(absolute > 0, error + terms * p.tiny, 0.0)
+        underflow = absolute > 0 if inexact is None else (absolute > 0) & (inexact > 0)
+        return error + torch.where(underflow, terms * p.tiny, 0.0)
 
     def sum_depth(self, n: int, inner: bool = True) -> int:
         """Most additions that round what a term ends up in, in torch.sum of n along the last (`inner`) or another axis.

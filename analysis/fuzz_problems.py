@@ -104,6 +104,13 @@ class Knobs:
         return Knobs(**json.loads(text))
 
 
+COMPILED = (
+    Knobs(n=16, v=33, d=8, impl="torch_compile", e_dtype="bf16"),
+    Knobs(n=16, v=33, d=8, impl="torch_compile", e_dtype="fp16", bias="same", label_smoothing=0.1, reduction="sum"),
+    Knobs(n=16, v=33, d=8, impl="torch_compile", e_dtype="fp32", softcap=5.0, temperature=0.7, use_entropy=True),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of `linear_cross_entropy`, the gradients that arrive at its outputs, and the same flat, for the truth."""
@@ -157,6 +164,10 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
     def mostly(usual: Any, name: str, share: float) -> Any:
         return rng.choice(CHOICES[name]) if rng.random() < share else usual
 
+    impl = rng.choice(impls)
+    if ALL[impl].path is Path.COMPILED:  # few shapes, because each costs a compilation
+        seed, scale, margin = rng.randrange(2**31), rng.choice(CHOICES["scale"]), rng.choice(CHOICES["margin"])
+        return dataclasses.replace(rng.choice(COMPILED), seed=seed, scale=scale, margin=margin)
     n, v = dim(257), dim(257)
     d = dim(257 if n * v < 2**12 else 17)
     return sensible(
@@ -166,7 +177,7 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
             v=v,
             d=d,
             batch=rng.choice((1, 1, 2, 3)),
-            impl=rng.choice(impls),
+            impl=impl,
             e_dtype=rng.choices(("bf16", "fp16", "fp32", "fp64"), (5, 4, 4, 1))[0],
             c_dtype=mostly("same", "c_dtype", 0.2),
             bias=mostly(None, "bias", 0.4),
