@@ -26,7 +26,11 @@ def _machine(device: torch.device) -> str | None:
     if device.type != "cuda":
         from triton import knobs
 
-        return None if device.type == "cpu" and knobs.runtime.interpret else f"the kernels run on CUDA devices, not on {device.type}"
+        return (
+            None
+            if device.type == "cpu" and knobs.runtime.interpret
+            else f"the kernels run on CUDA devices, not on {device.type}"
+        )
     if torch.version.cuda is None:
         return "the kernels are tested on NVIDIA devices alone"
     major, minor = torch.cuda.get_device_capability(device)
@@ -93,9 +97,7 @@ def one_pass_fits(problem: Problem, plan: Plan) -> bool:
     return tokens_a_chunk(problem, plan) is not None
 
 
-def forward_one_pass(
-    problem: Problem, plan: Plan
-) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The heads, and with them the gradients of sum_i nll_i that plan.one_pass asks for, in fp32 and unrounded."""
     from .one_pass import forward_one_pass as run
 

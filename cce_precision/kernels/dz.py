@@ -145,7 +145,9 @@ def dz_kernel(
 
 
 @triton.jit
-def store_tile(x, stride, row, column, rows, columns, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def store_tile(
+    x, stride, row, column, rows, columns, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
     """x[row : row + ROWS, column : column + COLUMNS] = value, inside (rows, columns)."""
     if TMA:
         x.store([row, column], value)
@@ -214,7 +216,9 @@ def write_dz(
     column tiles) int32 matrix of surviving tiles."""
     rows, width = e.shape[0], run.c.shape[0]
     if tile_filter is None:
-        config = tuned("dz", run.c, lambda candidate: _launch(problem, e, run, terms, dz, dz_low, Outputs(), None, candidate))
+        config = tuned(
+            "dz", run.c, lambda candidate: _launch(problem, e, run, terms, dz, dz_low, Outputs(), None, candidate)
+        )
     else:
         config = tile_filter.config(run.c)
     grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
@@ -255,11 +259,17 @@ def _launch(
         row_stats is not None,
         chosen is not None,
     )
-    if tma and not any(flags[:5]) and not any(flags[6:11]) and hopper_fits(e, config):
+    bits = 0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0]
+    made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
+    if tma and not any(flags[:5]) and not any(flags[6:8]) and hopper_fits(e, made_for):
         from .hopper import launch_dz
 
         programs = multiprocessors(e.device)
+        if alive is not None:
+            alive.zero_()
         launch_dz(e, run.c, dz, terms, outputs, run.start, float(problem.temperature), programs, config.group)
+        if alive is not None:
+            torch.ge(alive, bits, out=alive)
         return
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
     unused = terms.terms
@@ -284,7 +294,7 @@ def _launch(
         run.start,
         float(problem.softcap or 1.0),
         float(problem.temperature),
-        0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0],
+        bits,
         M=config.m,
         N=config.n,
         K=config.k,
@@ -299,7 +309,9 @@ def _launch(
     )
 
 
-def write_powers(problem: Problem, e: Tensor, c: Tensor, terms: RowTerms, powers: Tensor, chosen: Tensor | None, stats: Tensor | None) -> Tensor:
+def write_powers(
+    problem: Problem, e: Tensor, c: Tensor, terms: RowTerms, powers: Tensor, chosen: Tensor | None, stats: Tensor | None
+) -> Tensor:
     """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1.
 
     Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`, only those

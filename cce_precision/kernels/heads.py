@@ -236,7 +236,14 @@ def operand(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor
 
 def flags_of(problem: Problem, plan: Plan) -> tuple[bool, ...]:
     weighted = plan.want_smooth and problem.column_weight is not None
-    return (problem.bias is not None, problem.softcap is not None, plan.want_entropy, plan.want_smooth, weighted, plan.want_argmax)
+    return (
+        problem.bias is not None,
+        problem.softcap is not None,
+        plan.want_entropy,
+        plan.want_smooth,
+        weighted,
+        plan.want_argmax,
+    )
 
 
 def forward(problem: Problem, plan: Plan) -> Heads:
@@ -270,7 +277,7 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
         width = tiles_a_split * config.n
         ones = torch.ones(v, dtype=torch.float32, device=e.device) if weight is None else weight.to(torch.float32)
         split_weight = torch.nn.functional.pad(ones, (0, splits * width - v)).view(splits, width).sum(1)
-    if not any(flags) and tma and hopper_fits(e, config):
+    if not any(flags) and tma and hopper_fits(e, config.hopper):
         from .hopper import launch_forward
 
         launch_forward(e, c, problem.targets, partial, target_logit, tiles_a_split, scale, config.group)

@@ -30,6 +30,11 @@ class Config:
     group: int = 16  # row blocks that share a column tile in the walk
     flatten: bool = False  # whether the loops over tiles and over D are one pipelined loop
 
+    @property
+    def hopper(self) -> bool:
+        """Whether hopper.py is made for this tile."""
+        return (self.m, self.n, self.k) == (128, 256, 64)
+
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k} warps={self.warps} stages={self.stages} group={self.group} flatten={self.flatten}"
 
@@ -38,14 +43,14 @@ class Config:
 # shared memory; four-byte operands are fp32.
 _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "forward": {
-        "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 4, 3)},
-        "sm_90": {2: Config(128, 256, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)},
-        "sm_100": {2: Config(128, 256, 64, 8, 3), 4: Config(64, 64, 32, 4, 3)},
+        "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 8, 2)},
+        "sm_90": {2: Config(128, 256, 64, 8, 3), 4: Config(64, 64, 16, 8, 3)},
+        "sm_100": {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 16, 8, 3)},
     },
     "dz": {
-        "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 4, 3)},
-        "sm_90": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 32, 4, 3)},
-        "sm_100": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 32, 4, 3)},
+        "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 8, 2)},
+        "sm_90": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 16, 8, 3)},
+        "sm_100": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 16, 8, 3)},
     },
 }
 
@@ -92,10 +97,10 @@ def _gluon() -> bool:
     return triton.__version__.startswith("3.6.")
 
 
-def hopper_fits(x: Tensor, config: Config) -> bool:
-    """Whether the warp-specialised kernels take this launch: a Hopper device, 16-bit operands, and the tile they are made for."""
+def hopper_fits(x: Tensor, tile_fits: bool) -> bool:
+    """Whether the warp-specialised kernels take a launch: a Hopper device, 16-bit operands, and the tile they are made for."""
     on_hopper = x.device.type == "cuda" and architecture(x.device) == "sm_90"
-    return on_hopper and x.element_size() == 2 and (config.m, config.n, config.k) == (128, 256, 64) and _gluon()
+    return tile_fits and on_hopper and x.element_size() == 2 and _gluon()
 
 
 def tuned(kernel: str, x: Tensor, run: Callable[[Config], Any]) -> Config:
@@ -114,7 +119,13 @@ _FOUND: dict[tuple[Any, ...], Config] = {}
 
 def _neighbours(config: Config) -> Sequence[Config]:
     shapes = [(config.m, config.n, config.k, config.warps, config.stages)]
-    shapes += [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (64, 256, 64, 4, 4)]
+    shapes += [
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 4),
+        (64, 256, 64, 4, 4),
+    ]
     shapes += [(128, 128, 32, 8, 4), (64, 128, 32, 4, 4), (64, 64, 32, 4, 3)]
     found = [Config(*shape, group=group) for shape in shapes for group in (8, 16, 64)]
     return list(dict.fromkeys([config, *found]))
@@ -130,5 +141,8 @@ def _search(kernel: str, pinned: Config, run: Callable[[Config], Any]) -> Config
         except Exception as reason:  # out of shared memory or registers on this device
             print(f"cce-precision autotune {kernel}: {candidate}: {type(reason).__name__}", file=sys.stderr)
     best = min(times, key=lambda c: times[c])
-    print(f"cce-precision autotune {kernel}: {best} ({times[best]:.3f} ms; pinned {times.get(pinned, float('nan')):.3f})", file=sys.stderr)
+    print(
+        f"cce-precision autotune {kernel}: {best} ({times[best]:.3f} ms; pinned {times.get(pinned, float('nan')):.3f})",
+        file=sys.stderr,
+    )
     return best

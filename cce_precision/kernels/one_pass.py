@@ -27,7 +27,9 @@ from .tile_filter import survivors
 __all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
 
 _FEWEST_TOKENS = 1024
-_COLUMNS_A_SUM = 32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
+_COLUMNS_A_SUM = (
+    32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
+)
 _LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
 
 
@@ -37,7 +39,13 @@ def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
     plain = problem.bias is None and problem.softcap is None and problem.temperature == 1.0
     heads = plan.want_entropy or plan.want_smooth or plan.want_argmax
     exact = variant.label_apart and not variant.filtered and variant.operand is Operand.INPUT
-    if not (plain and exact) or heads or problem.operand_dtype is not torch.bfloat16 or plan.workspace_mb is None or not problem.n:
+    if (
+        not (plain and exact)
+        or heads
+        or problem.operand_dtype is not torch.bfloat16
+        or plan.workspace_mb is None
+        or not problem.n
+    ):
         return None
     n, v, d = problem.n, problem.v, problem.d
     fixed = 4 * v * d + 6 * n * d
@@ -138,7 +146,9 @@ def add_labels_kernel(
             token = tl.load(tokens + block, mask=same, other=0)
             x = tl.load(label + token, mask=same, other=0.0)
             inside = same[:, None] & (j < d)[None, :]
-            value += tl.sum(x[:, None] * tl.load(e + token[:, None] * d + j[None, :], mask=inside, other=0).to(tl.float32), 0)
+            value += tl.sum(
+                x[:, None] * tl.load(e + token[:, None] * d + j[None, :], mask=inside, other=0).to(tl.float32), 0
+            )
             more = tl.sum(same.to(tl.int32)) == TOKENS
             i += TOKENS
         tl.store(at, value, mask=j < d)
@@ -158,9 +168,7 @@ def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return out
 
 
-def _powers(
-    problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor
-) -> tuple[Tensor, Tensor]:
+def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
     """Fills powers (T, V); returns (sum of each row's powers, the reference that they are relative to), (T,) each."""
 
     def terms(r: Tensor) -> RowTerms:

@@ -67,7 +67,16 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
         label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
     return RowTerms(
         targets=targets,
-        terms=torch.stack([torch.where(counts, lse, torch.inf), alpha, kappa, entropy, sigma, torch.where(counts, -torch.expm1(-nll), zero)]),
+        terms=torch.stack(
+            [
+                torch.where(counts, lse, torch.inf),
+                alpha,
+                kappa,
+                entropy,
+                sigma,
+                torch.where(counts, -torch.expm1(-nll), zero),
+            ]
+        ),
         label=torch.where(counts, label, zero),
         scale=power / problem.temperature,
         entropy=upstream.entropy is not None,
@@ -224,7 +233,7 @@ def finish_columns(
         start,
         ROWS=rows,
         COLUMNS=columns,
-        TOKENS=16,
+        TOKENS=8,
         LABEL=segments is not None,
         SHIFT=shift is not None,
         WEIGHT=weight is not None,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..numerics import Accumulation
 from .heads import operand
-from .launch import descriptor_fits, precision_of
+from .launch import descriptor_fits, hopper_fits, precision_of
 from .primitives import kahan_add, load_tile, multiply_add, round_to
 
 __all__ = ["survivors", "tile_product"]
@@ -153,23 +153,27 @@ def tile_product(
     """Adds the surviving tiles' products, and then minus factor x shift, to `out`."""
     n, width = dz.shape
     d = other.shape[1]
-    owners_first = alive.T if transposed else alive
-    places, counts = survivors(owners_first)
+    places, counts = survivors(alive.T if transposed else alive)
     tm, tn = tile
+    unused = places
+    optional = [unused if x is None else x for x in (lost, order, factor, shift)]
+    flags = (order is not None, shift is not None, factor is not None)
+    tma = descriptor_fits(dz) and descriptor_fits(other)
+    if tma and accum is not Accumulation.FP32 and hopper_fits(dz, tile == (128, 128)):
+        from .hopper_tiles import launch_tile_product
+
+        kahan = accum is Accumulation.KAHAN
+        launch_tile_product(dz, other, places, counts, out, *optional, scale, flags, kahan, transposed)
+        return
     most = 64 if accum is Accumulation.KAHAN or dz.dtype is torch.float32 else 128  # what registers hold without spills
     features = min(most, max(16, triton.next_power_of_2(d)))
-    tma = descriptor_fits(dz) and descriptor_fits(other)
-    unused = places
     tile_product_kernel[(counts.shape[0], triton.cdiv(d, features))](
         operand(dz, [tm, tn], tma),
         operand(other, [tm if transposed else tn, features], tma),
         places,
         counts,
         out,
-        unused if lost is None else lost,
-        unused if order is None else order,
-        unused if factor is None else factor,
-        unused if shift is None else shift,
+        *optional,
         scale,
         (n, width, d),
         tuple(dz.stride()),
@@ -180,7 +184,7 @@ def tile_product(
         FEATURES=features,
         TRANSPOSED=transposed,
         MODE=_MODES[accum],
-        FLAGS=(order is not None, shift is not None, factor is not None),
+        FLAGS=flags,
         TMA=tma,
         PRECISION=precision_of(dz),
         num_warps=8 if tm * tn >= 8192 else 4,

@@ -1,0 +1,222 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100 without a GPU, within its registers and without spills."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cce_precision.kernels import dz, heads, launch, one_pass, terms, tile_filter  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+FP32, I32, I64 = "*fp32", "*i32", "*i64"
+needs_cuobjdump = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton carries no cuobjdump")
+pytestmark = needs_cuobjdump
+
+
+class Constant:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def resources(source_class: Any, kernel: Any, arguments: dict[str, Any], arch: str, **options: int) -> dict[str, int]:
+    """Registers a thread and bytes of stack (spills) of a kernel compiled for `arch`."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, Constant):
+            signature[name], constants[(i,)] = "constexpr", value.value
+        else:
+            signature[name] = value
+            if isinstance(value, str) and value.startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = source_class(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY[arch], 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+
+
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+
+
+def check(arguments: dict[str, Any], kernel: Any, arch: str, spills: int = 0, **options: int) -> None:
+    used = resources(ASTSource, kernel, arguments, arch, **options)
+    assert used["stack"] <= spills and used["registers"] <= 255 and used["shared"] <= SHARED[arch], used
+
+
+def matrix(dtype: str, tma: bool, rows: int, columns: int) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
+
+
+PAIR, TRIPLE = ("i32", "i32"), ("i32", "i32", "i32")
+PLAIN = {"forward": (False,) * 6, "dz": (False,) * 13}
+BUSY = {
+    "forward": (True, True, True, True, True, True),
+    "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False),
+}
+
+
+def logits_arguments(
+    kernel: str, config: launch.Config, dtype: str, tma: bool, flags: tuple[bool, ...]
+) -> dict[str, Any]:
+    m, n, k = config.m, config.n, config.k
+    tiles = {"e": matrix(dtype, tma, m, k), "c": matrix(dtype, tma, n, k)}
+    shared = {
+        "bias": f"*{dtype}", "weight": FP32, "targets": I64, "shape": TRIPLE, "stride_e": PAIR, "stride_c": PAIR, "softcap": "fp32",
+        "M": Constant(m), "N": Constant(n), "K": Constant(k), "GROUP": Constant(config.group), "FLATTEN": Constant(config.flatten),
+        "FLAGS": Constant(flags), "TMA": Constant(tma), "PRECISION": Constant("ieee"),
+    }  # fmt: skip
+    if kernel == "forward":
+        own = {
+            "partial": FP32,
+            "place": I32,
+            "target_logit": FP32,
+            "splits": "i32",
+            "tiles_a_split": "i32",
+            "scale": "fp32",
+        }
+    else:
+        out = matrix(dtype, tma, m, n)
+        kind = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+        own = {
+            "rows_terms": FP32, "label": FP32, "dz": out, "dz_low": out, "alive": I32, "column_sums": FP32, "row_stats": FP32,
+            "chosen": I32, "stride_dz": PAIR, "start": "i32", "temperature": "fp32", "eps_bits": "i32", "DTYPE": Constant(kind),
+        }  # fmt: skip
+    return tiles | shared | own
+
+
+@pytest.mark.parametrize("arch", sorted(CAPABILITY))
+@pytest.mark.parametrize("kernel", ["forward", "dz"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_logits_kernels(kernel: str, arch: str, dtype: str) -> None:
+    """The pinned configs. Every option at once may spill outside the loop over D; the plain call may not anywhere."""
+    config = launch._CONFIGS[kernel][arch][2 if dtype == "bf16" else 4]
+    function = heads.forward_kernel if kernel == "forward" else dz.dz_kernel
+    arguments = logits_arguments(kernel, config, dtype, arch != "sm_80", PLAIN[kernel])
+    check(arguments, function, arch, num_warps=config.warps, num_stages=config.stages)
+
+
+@pytest.mark.parametrize("arch", sorted(CAPABILITY))
+def test_split_and_filter(arch: str) -> None:
+    flags = (False,) * 6 + (True,) + (False,) * 6
+    config = launch._CONFIGS["dz"][arch][2]
+    check(
+        logits_arguments("dz", config, "bf16", arch != "sm_80", flags),
+        dz.dz_kernel,
+        arch,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    flat = arch != "sm_80"
+    config = launch.Config(128, 128, 64 if flat else 32, 8, 4, flatten=flat)
+    flags = (False,) * 5 + (True, False, False, True, True, False, False, False)
+    check(
+        logits_arguments("dz", config, "bf16", flat, flags),
+        dz.dz_kernel,
+        arch,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tile_products(mode: int, transposed: bool) -> None:
+    features = 64 if mode == 2 else 128
+    arguments = {
+        "dz": matrix("bf16", True, 128, 128), "other": matrix("bf16", True, 128, features), "places": I32, "counts": I32,
+        "out": FP32 if mode == 0 and not transposed else "*bf16", "lost": "*bf16", "order": I64, "factor": FP32, "shift": FP32,
+        "scale": FP32, "shape": TRIPLE, "stride_dz": PAIR, "stride_other": PAIR, "walked": "i32", "TM": Constant(128),
+        "TN": Constant(128), "FEATURES": Constant(features), "TRANSPOSED": Constant(transposed), "MODE": Constant(mode),
+        "FLAGS": Constant((transposed, False, False)), "TMA": Constant(True), "PRECISION": Constant("ieee"),
+    }  # fmt: skip
+    check(arguments, tile_filter.tile_product_kernel, "sm_90", num_warps=8, num_stages=3)
+
+
+@pytest.mark.parametrize("arch", sorted(CAPABILITY))
+def test_row_kernels(arch: str) -> None:
+    finish = {
+        "out": "*bf16", "total": FP32, "e": "*bf16", "tokens": I64, "starts": I32, "label": FP32, "weight": FP32, "shift": FP32,
+        "scale": FP32, "order": I64, "width": "i32", "d": "i32", "start": "i32", "ROWS": Constant(4), "COLUMNS": Constant(512),
+        "TOKENS": Constant(8), "LABEL": Constant(True), "SHIFT": Constant(True), "WEIGHT": Constant(True), "ORDER": Constant(True),
+    }  # fmt: skip
+    check(finish, terms.finish_columns_kernel, arch, spills=16, num_warps=4)  # loop bounds, outside the loop
+    labels = {
+        "total": FP32, "e": "*bf16", "values": I64, "tokens": I64, "label": FP32, "n": "i32", "d": "i32", "TOKENS": Constant(16),
+        "FEATURES": Constant(512),
+    }  # fmt: skip
+    check(labels, one_pass.add_labels_kernel, arch, num_warps=4)
+    combine = {
+        "partial": FP32, "place": I32, "split_weight": FP32, "target_logit": FP32, "targets": I64, "nll": FP32, "lse": FP32,
+        "entropy": FP32, "smooth": FP32, "argmax": I64, "n": "i32", "splits": "i32", "scale": "fp32", "temperature": "fp32",
+        "M": Constant(128), "FLAGS": Constant(BUSY["forward"]),
+    }  # fmt: skip
+    check(combine, heads.combine_kernel, arch, num_warps=4)
+
+
+def hopper_matrix(rows: int, columns: int) -> str:
+    from cce_precision.kernels.hopper import _LAYOUT
+
+    return f"tensordesc<bf16[{rows}, {columns}],{_LAYOUT!r}>"
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
+)
+@pytest.mark.parametrize("which", ["forward", "dz", "filter", "powers", "input", "kahan"])
+def test_warp_specialised_kernels(which: str) -> None:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from cce_precision.kernels import hopper, hopper_tiles
+
+    logits = {
+        "e": hopper_matrix(128, 64),
+        "c": hopper_matrix(256, 64),
+        "targets": I64,
+        "n": "i32",
+        "d": "i32",
+        "GROUP": Constant(16),
+    }
+    if which == "forward":
+        kernel = hopper.hopper_forward_kernel
+        arguments: dict[str, Any] = logits | {
+            "partial": FP32, "target_logit": FP32, "v": "i32", "splits": "i32", "tiles_a_split": "i32", "scale": "fp32", "STAGES": Constant(4),
+        }  # fmt: skip
+    elif which in ("dz", "filter", "powers"):
+        kernel = hopper.hopper_dz_kernel
+        arguments = logits | {
+            "dz": hopper_matrix(64, 256), "rows_terms": FP32, "label": FP32, "row_stats": FP32, "chosen": I32, "alive": I32,
+            "width": "i32", "start": "i32", "temperature": "fp32", "LABEL": Constant(which == "filter"),
+            "STATS": Constant(which == "powers"), "CHOSEN": Constant(which == "powers"), "FILTER": Constant(which == "filter"),
+            "STAGES": Constant(3),
+        }  # fmt: skip
+    else:
+        kernel = hopper_tiles.hopper_tile_product_kernel
+        features = 128 if which == "kahan" else 256
+        arguments = {
+            "dz": hopper_matrix(64, 64), "other": hopper_matrix(64, features), "places": I32, "counts": I32, "out": "*bf16",
+            "lost": "*bf16", "order": I64, "factor": FP32, "shift": FP32, "scale": FP32, "rows_end": "i32", "d": "i32", "walked": "i32",
+            "FEATURES": Constant(features), "TRANSPOSED": Constant(which == "input"), "KAHAN": Constant(which == "kahan"),
+            "FLAGS": Constant((which == "input", False, False)), "STAGES": Constant(4),
+        }  # fmt: skip
+    used = resources(GluonASTSource, kernel, arguments, "sm_90", num_warps=4)
+    assert used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used

@@ -1,0 +1,167 @@
+"""The kernels on a CUDA device: the interface against fp64, poisoned memory, repeatability, graphs, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_precision import eager, kernels, linear_cross_entropy, variants
+from cce_precision.analysis.bounds import AMPERE, HOPPER, bound
+from cce_precision.analysis.fuzz import compare
+from cce_precision.analysis.fuzz_problems import Knobs, build
+from cce_precision.analysis.references import truth
+from cce_precision.problem import Plan, Problem, Upstream
+
+pytestmark = pytest.mark.gpu
+
+IMPLS = ("cce_exact", "cce_split", "cce_no_filter", "cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
+SHAPES = ((300, 1000, 264), (129, 2049, 72), (512, 5000, 1024), (77, 515, 37))
+
+
+def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 3.0, ignored: bool = False) -> Problem:
+    generator = torch.Generator("cuda").manual_seed(n + v + d)
+    e = (torch.randn(n, d, device="cuda", generator=generator) * scale / d**0.5).to(dtype)
+    c = torch.randn(v, d, device="cuda", generator=generator).to(dtype)
+    targets = torch.randint(0, v, (n,), device="cuda", generator=generator)
+    if ignored:
+        targets[::5], e[::5] = -1, torch.nan
+    return Problem(e, c, targets)
+
+
+def run(problem: Problem, impl: str, workspace_mb: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    e, c = problem.e.detach().requires_grad_(), problem.c.detach().requires_grad_()
+    loss = linear_cross_entropy(
+        e, c, problem.targets, impl=impl, ignore_index=-1, backend="triton", workspace_mb=workspace_mb
+    )
+    loss.backward()
+    assert e.grad is not None and c.grad is not None
+    return loss.detach(), e.grad, c.grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_within_the_bounds(impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    problem = problem_of(*shape, dtype, ignored=True)
+    host = Problem(problem.e.cpu(), problem.c.cpu(), problem.targets.cpu())
+    objective = build(Knobs(n=shape[0], v=shape[1], d=shape[2])).objective
+    plan = Plan(variants.get(impl))
+    machine = HOPPER if torch.cuda.get_device_capability()[0] >= 9 else AMPERE
+    exact, allowed = truth(host, objective), bound(host, plan, objective, machine=machine)
+    loss, d_e, d_c = (x.cpu() for x in run(problem, impl))
+    for name, got in (("value", loss.reshape(())), ("dE", d_e), ("dC", d_c)):
+        comparison = compare(got, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name))
+        assert comparison.holds and comparison.tells, (name, comparison)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_bits_from_run_to_run_over_poisoned_memory(impl: str) -> None:
+    problem = problem_of(700, 6000, 512, torch.bfloat16, ignored=True)
+    first = run(problem, impl)
+    torch.full((2**28,), torch.nan, device="cuda")  # freed at once: the next allocations find NaN
+    for a, b in zip(first, run(problem, impl)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_kahan", "cce_kahan_full_c", "cce_exact", "cce_no_filter"])
+def test_warp_specialised_and_portable_kernels_agree(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit: same products in the same order."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a Hopper matter")
+    from cce_precision.kernels import launch
+
+    problem = problem_of(1000, 5003, 520, torch.bfloat16, scale=8.0, ignored=True)
+    fast = run(problem, impl)
+    monkeypatch.setattr(launch, "_gluon", lambda: False)
+    for name, a, b in zip(("loss", "dE", "dC"), fast, run(problem, impl)):
+        assert torch.equal(a, b), (name, (a.float() - b.float()).norm() / b.float().norm())
+
+
+def test_loss_does_not_depend_on_the_batch() -> None:
+    problem, plan = problem_of(1000, 5000, 256, torch.bfloat16), Plan(variants.get("cce_exact"))
+    whole = kernels.forward(problem, plan)
+    for rows in (slice(0, 1), slice(130, 700)):
+        part = kernels.forward(Problem(problem.e[rows].clone(), problem.c, problem.targets[rows]), plan)
+        assert torch.equal(whole.nll[rows], part.nll) and torch.equal(whole.lse[rows], part.lse)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_one_pass(scale: float) -> None:
+    """Scale 300: logits of hundreds, powers that overflow, row blocks computed again."""
+    problem = problem_of(900, 4000, 256, torch.bfloat16, scale, ignored=True)
+    plan = Plan(variants.get("cce_exact"), workspace_mb=64, one_pass=(True, True, False))
+    assert kernels.one_pass_fits(problem, plan)
+    heads, (d_e, d_c, _) = kernels.forward_one_pass(problem, plan)
+    exact = Problem(problem.e.double(), problem.c.double(), problem.targets)
+    plain = Plan(variants.get("cce_exact"))
+    reference = eager.forward(exact, plain)
+    ones, seed = Upstream(torch.ones_like(reference.nll)), torch.zeros((), dtype=torch.int64, device="cuda")
+    true_e, true_c, _ = eager.backward(exact, plain, reference, ones, (True, True, False), seed)
+    assert d_e is not None and d_c is not None and true_e is not None and true_c is not None
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    for got, true in ((d_e, true_e), (d_c, true_c)):
+        assert (got - true).norm() < unit * true.norm()  # the mean of two roundings of each term lies below one
+    spread = (problem.e.nan_to_num().double().abs() @ problem.c.double().abs().T).amax(1)
+    assert bool(
+        ((heads.nll - reference.nll).abs() <= 2.0**-20 * spread).all()
+    )  # 5.25 2^-23 D/16 of |E||C|, bounds_logits
+
+
+def test_graph_replay() -> None:
+    problem, plan = problem_of(500, 3000, 256, torch.bfloat16), Plan(variants.get("cce_exact"))
+    seed, upstream = torch.zeros((), dtype=torch.int64, device="cuda"), Upstream(torch.rand(500, device="cuda"))
+
+    def step() -> tuple[Tensor | None, ...]:
+        heads = kernels.forward(problem, plan)
+        return heads.nll, *kernels.backward(problem, plan, heads, upstream, (True, True, False), seed)[:2]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        assert x is not None
+        x.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(expected, captured):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """V x D > 2^31: the last columns of the vocabulary are read and written where they stand."""
+    n, v, d = 64, 140_000, 16_384
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB")
+    e = torch.randn(n, d, device="cuda").mul_(d**-0.5).bfloat16().requires_grad_()
+    c = torch.zeros(v, d, device="cuda", dtype=torch.bfloat16)
+    c[-64:] = torch.randn(64, d, device="cuda").bfloat16()
+    c.requires_grad_()
+    targets = torch.arange(v - n, v, device="cuda")
+    loss = linear_cross_entropy(e, c, targets, backend="triton")
+    loss.backward()
+    z = torch.cat(
+        [e.detach().double() @ c.detach()[-64:].double().T, torch.zeros(n, 1, dtype=torch.float64, device="cuda")], 1
+    )
+    z[:, -1] = torch.log(torch.tensor(v - 64.0, dtype=torch.float64))
+    true = (torch.logsumexp(z, 1) - z[:, :64].diagonal()).mean()
+    assert (loss - true).abs() < 2.0**-20 * z.abs().amax()
+    assert c.grad is not None
+    x = (torch.softmax(z, 1)[:, :64] - torch.eye(n, device="cuda")) / n
+    expected = x.T @ e.detach().double()
+    assert (c.grad[-64:].double() - expected).norm() < torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+def test_memory_of_the_forward_pass() -> None:
+    problem = problem_of(8192, 64_000, 256, torch.bfloat16)
+    plan = Plan(variants.get("cce_exact"))
+    kernels.forward(problem, plan)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kernels.forward(problem, plan)
+    assert torch.cuda.max_memory_allocated() - before <= 2**20

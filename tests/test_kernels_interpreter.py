@@ -1,0 +1,169 @@
+"""The Triton kernels in Triton's interpreter, through the whole interface and under the same bounds as the eager passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cce_precision import eager, kernels, variants
+from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
+from cce_precision.analysis.fuzz_problems import Knobs, build
+from cce_precision.analysis.references import truth
+from cce_precision.numerics import unit_roundoff
+from cce_precision.problem import Plan, Problem, Upstream
+from tests.strategies import TILED, knobs
+
+pytestmark = pytest.mark.interpreter
+
+KERNELS = tuple(name for name in TILED if name not in ("cce_sparse", "cce_unbiased", "cce_subsampled"))
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EXACT = variants.get("cce_exact")
+
+
+def within_bounds(k: Knobs) -> None:
+    """Runs on the kernels wherever they take the call (backend="auto"), elsewhere on the eager passes."""
+    verdict = judge(k)
+    assert verdict.holds, str(verdict)
+
+
+@given(knobs(largest=33, impl=st.sampled_from(KERNELS), e_dtype=st.sampled_from(sorted(DTYPES))))
+@settings(max_examples=40)
+@example(Knobs(n=7, v=1, d=3))
+@example(Knobs(n=1, v=1, d=1, impl="cce", e_dtype="fp16"))
+@example(Knobs(n=5, v=300, d=3, impl="cce", scale=8.0))
+@example(Knobs(n=6, v=5, d=2, ignored="all", nan_ignored=True))
+@example(Knobs(n=17, v=33, d=24, ignored="some", nan_ignored=True, bias="same", softcap=5.0, temperature=0.7))
+@example(Knobs(n=9, v=17, d=16, pattern="huge", impl="cce_split"))
+def test_every_output_is_within_its_bound(k: Knobs) -> None:
+    within_bounds(k)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_every_variant_and_dtype(impl: str, dtype: str) -> None:
+    """Several tiles each way, every head and option at once; filtered variants without what has no kernel."""
+    filtered = variants.get(impl).filtered
+    k = Knobs(
+        seed=3, n=40, v=150, d=6, impl=impl, e_dtype=dtype, bias="same", scale=3.0, softcap=None if filtered else 5.0,
+        temperature=0.7, label_smoothing=0.1, class_weight=True, ignored="some", nan_ignored=True, use_lse=True,
+        use_entropy=True, upstream="random", reduction="none",
+    )  # fmt: skip
+    call = build(k)
+    assert kernels.supports(call.problem, call.plan) is None
+    within_bounds(k)
+
+
+def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 1.0) -> Problem:
+    e = (torch.randn(n, d) * scale).to(dtype)
+    return Problem(e, torch.randn(v, d).to(dtype), torch.randint(0, v, (n,)))
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_kahan"])
+def test_the_same_tiles_survive_as_in_the_eager_pass(impl: str) -> None:
+    variant = dataclasses.replace(variants.get(impl).with_eps(0.02), tile=(16, 32))
+    plan, seed = Plan(variant), torch.zeros((), dtype=torch.int64)
+    exact = exact_products(problem_of(40, 150, 8, torch.float32))
+    upstream = Upstream(torch.full((40,), 0.25))
+    heads = eager.forward(exact, plan)
+    ours = kernels.backward(exact, plan, heads, upstream, (True, True, False), seed)
+    theirs = eager.backward(exact, plan, heads, upstream, (True, True, False), seed)
+    for a, b in zip(ours[:2], theirs[:2]):
+        assert a is not None and b is not None and b.count_nonzero() > 0
+        assert bool(((a == 0) == (b == 0)).all())
+
+
+def exact_products(problem: Problem) -> Problem:
+    """Multiples of 1/8: every logit is exact, so the interpreter's own order of sums does not show."""
+    e, c = ((x.float() * 8).round().clamp(-32, 32).div(8).to(x.dtype) for x in (problem.e, problem.c))
+    return Problem(e, c, problem.targets)
+
+
+def test_loss_does_not_depend_on_the_batch() -> None:
+    problem, plan = exact_products(problem_of(37, 90, 24, torch.bfloat16)), Plan(EXACT, want_entropy=True)
+    whole = kernels.forward(problem, plan)
+    for rows in (slice(0, 1), slice(5, 29), slice(36, 37)):
+        part = kernels.forward(Problem(problem.e[rows], problem.c, problem.targets[rows]), plan)
+        for a, b in zip(whole[:3], part[:3]):
+            assert torch.equal(a[rows], b)
+
+
+def test_strided_inputs_give_the_same_bits() -> None:
+    """The pointer path and the descriptor path."""
+    problem, plan = exact_products(problem_of(20, 50, 16, torch.bfloat16)), Plan(EXACT)
+    strided = Problem(problem.e.T.contiguous().T, problem.c.T.contiguous().T, problem.targets)
+    upstream, seed = Upstream(torch.rand(20)), torch.zeros((), dtype=torch.int64)
+    for pair in zip(kernels.forward(problem, plan), kernels.forward(strided, plan)):
+        assert torch.equal(*pair)
+    heads = kernels.forward(problem, plan)
+    a, b = (kernels.backward(p, plan, heads, upstream, (True, True, False), seed) for p in (problem, strided))
+    assert all(torch.equal(x, y) for x, y in zip(a[:2], b[:2]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool]) -> None:
+    base = problem_of(9, 40, 8, torch.float32)
+    problem = Problem(base.e, base.c, base.targets, bias=torch.randn(40))
+    plan, seed, upstream = Plan(EXACT), torch.zeros((), dtype=torch.int64), Upstream(torch.ones(9))
+    heads = kernels.forward(problem, plan)
+    whole = kernels.backward(problem, plan, heads, upstream, (True, True, True), seed)
+    part = kernels.backward(problem, plan, heads, upstream, need, seed)
+    for wanted, a, b in zip(need, part, whole):
+        assert (a is not None) == wanted
+        assert a is None or (b is not None and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_one_pass_gives_the_gradients_of_the_sum(monkeypatch: pytest.MonkeyPatch, scale: float, ignored: bool) -> None:
+    """Scale 60 overflows the powers of most rows, which are then computed again from the row maximum."""
+    from cce_precision.kernels import one_pass
+
+    monkeypatch.setattr(one_pass, "tokens_a_chunk", lambda problem, plan: 16)
+    problem = problem_of(40, 100, 24, torch.bfloat16, scale)
+    if ignored:
+        problem.targets[::3] = -1
+        problem.e[::3] = torch.nan
+    plan = Plan(EXACT, workspace_mb=1024, one_pass=(True, True, False))
+    heads, gradients = kernels.forward_one_pass(problem, plan)
+    k = Knobs(n=40, v=100, d=24, reduction="sum")
+    call = build(k)
+    objective = call.objective
+    exact = truth(problem, objective)
+    allowed = bound(problem, dataclasses.replace(plan, one_pass=None), objective)
+    dtype, u = problem.e.dtype, unit_roundoff(problem.e.dtype)
+    # Beside what two passes round: the powers (a P that rounds exactly may come from one that does not) and the scaled rows.
+    e = torch.where((problem.targets >= 0)[:, None], problem.e, 0).double()
+    p, tiny = torch.softmax(e @ problem.c.double().T, 1), torch.finfo(dtype).tiny  # powers below tiny may be lost
+    extra = {"dE": u * p @ problem.c.double().abs(), "dC": 2 * u * (1 + u) * p.T @ e.abs()}
+    extra["dE"] += tiny * problem.c.double().abs().sum(0)
+    extra["dC"] += tiny * e.abs().sum(0)
+    for name, got in zip(("dE", "dC"), gradients):
+        assert got is not None
+        comparison = compare(got.to(dtype), getattr(exact, name), getattr(allowed, name) + extra[name] * (1 + 2 * u))
+        assert comparison.holds and comparison.tells, (name, comparison)
+    reference = kernels.forward(problem, plan)
+    two = compare(heads.nll, reference.nll, 2 * bound_of_nll(problem, plan))
+    assert two.holds, two
+
+
+def bound_of_nll(problem: Problem, plan: Plan) -> torch.Tensor:
+    """A bound of each token's loss."""
+    call = build(Knobs(n=problem.n, v=problem.v, d=problem.d, reduction="none"))
+    return bound(problem, dataclasses.replace(plan, one_pass=None), call.objective).value
+
+
+def test_a_zero_gradient_is_rejected() -> None:
+    k = Knobs(n=20, v=40, d=8)
+    call = build(k)
+    computed: dict[str, Any] = outputs(call)
+    exact, allowed = truth(call.problem, call.objective), bound(call.problem, call.plan, call.objective)
+    assert judge_outputs(call, computed, exact, allowed).holds
+    for name in ("dE", "dC"):
+        mutant = computed | {name: torch.zeros_like(computed[name])}
+        assert not judge_outputs(call, mutant, exact, allowed).holds
