@@ -39,7 +39,16 @@ from typing import Any
 
 import torch
 
-from cce_precision.analysis.bench_job import DTYPES, Interrupted, Job, Row, device_name, measure
+from cce_precision.analysis.bench_job import (
+    DTYPES,
+    Interrupted,
+    Job,
+    Row,
+    captured,
+    device_name,
+    is_file,
+    measure,
+)
 from cce_precision.analysis.bench_methods import DEFAULT, METHODS, Method, method
 from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.shapes import SHAPES, Shape, shape
@@ -94,17 +103,17 @@ def plan(
         kinds = ["bf16"] if chosen.type == "cuda" else ["fp32", "bf16"]
     if unknown := [d for d in kinds if d not in DTYPES]:
         raise ValueError(f"dtype {unknown[0]!r} is not known; known: {', '.join(DTYPES)}")
-    if case not in CASES:
-        raise ValueError(f"case {case!r} is not known; known: {', '.join(CASES)}")
+    if case not in CASES and not is_file(case):
+        raise ValueError(f"case {case!r} is not known; known: {', '.join(CASES)}, or a head's .safetensors file")
     asked = list(shapes)
     if asked == auto:
         shapes = ["gemma2-2b"] if chosen.type == "cuda" else ["cpu"]
     sizes = [shape(text, softcap) for text in shapes]
-    if case == "captured":
+    if case == "captured" or is_file(case):
         if asked != auto or scale:
-            raise ValueError("the captured head has one shape: leave --shape and --scale away, or name another case")
-        head = CASES[case]()
-        sizes = [Shape(case, head.n, head.v, head.d, head.softcap if softcap else None)]
+            raise ValueError("a captured head has one shape: leave --shape and --scale away, or name another case")
+        head = captured(case)
+        sizes = [Shape(head.name, head.n, head.v, head.d, head.softcap if softcap else None)]
     if scale:
         sizes = [size for base in sizes for size in scaled(base, chosen.type)]
     found = tuple(dict.fromkeys(method(text) for text in (DEFAULT[chosen.type] if list(methods) == auto else methods)))

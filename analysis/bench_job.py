@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bench_methods import Call, Method, Unavailable
-from cce_precision.analysis.cases import CASES
+from cce_precision.analysis.cases import CASES, Case, from_file
 from cce_precision.analysis.references import Truth, truth
 from cce_precision.analysis.shapes import Shape
 from cce_precision.problem import Problem
@@ -32,8 +32,10 @@ __all__ = [
     "Job",
     "Row",
     "allocated",
+    "captured",
     "check",
     "device_name",
+    "is_file",
     "measure",
     "relative_error",
 ]
@@ -168,13 +170,29 @@ def check(errors: dict[str, float], loss: float) -> str | None:
     return None
 
 
+def is_file(case: str) -> bool:
+    """Whether a case is a captured head's file rather than a name."""
+    return case.endswith(".safetensors")
+
+
+def captured(case: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Case:
+    """The shipped head or the one in a file. Raises ValueError for a head with a bias, which not every method takes."""
+    head = from_file(case, dtype=dtype, device=device) if is_file(case) else CASES[case]()
+    if head.bias is not None:
+        raise ValueError(f"case {case!r} has a bias, which the benchmark leaves out: not every method takes one")
+    return head
+
+
 class _Bench:
     """One job on one device: tensors, truth and trials."""
 
     def __init__(self, job: Job, methods: Sequence[Method], device: torch.device) -> None:
         self.job, self.device, self.clock = job, device, _Clock(device)
         s = job.shape
-        case = CASES[job.case](n=s.n, v=s.v, d=s.d, dtype=DTYPES[job.dtype], device=device)
+        if is_file(job.case):
+            case = captured(job.case, DTYPES[job.dtype], device)
+        else:
+            case = CASES[job.case](n=s.n, v=s.v, d=s.d, dtype=DTYPES[job.dtype], device=device)
         kept = case.targets >= 0  # a benchmark has no ignored tokens: not every method knows them
         self.problem = Problem(case.e[kept], case.c, case.targets[kept], softcap=s.softcap)
         self.e, self.c, self.targets = self.problem.e, self.problem.c, self.problem.targets

@@ -17,7 +17,7 @@ from cce_precision.analysis.bench_job import FLOOR, PRODUCT, Row
 __all__ = ["picture", "table", "write"]
 
 HEADINGS = (
-    "method", "fw ms", "bw ms", "fw+bw ms", "+-", "fw / product", "fw+bw / product", "peak MiB fw", "peak MiB fw+bw",
+    "method", "fw ms", "bw ms", "fw+bw ms", "+-", "fw/G", "fw+bw/G", "MiB fw", "MiB fw+bw",
     "loss error", "dE error", "dC error", "note",
 )  # fmt: skip
 
@@ -60,11 +60,13 @@ def _title(row: Row) -> str:
 
 def table(rows: list[Row]) -> Any:
     """The rows of one job as a rich table."""
+    from rich import box
     from rich.table import Table
 
-    drawn = Table(title=_title(rows[0]), title_justify="left", caption_justify="left")
+    drawn = Table(title=_title(rows[0]), title_justify="left", box=box.SIMPLE, padding=0)
     for heading in HEADINGS:
-        drawn.add_column(heading, justify="left" if heading in ("method", "note") else "right")
+        text = heading in ("method", "note")
+        drawn.add_column(heading, justify="left" if text else "right", no_wrap=heading != "note")
     for line in _lines(rows):
         drawn.add_row(*line)
     return drawn
