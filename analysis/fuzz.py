@@ -32,6 +32,7 @@ from cce_precision.variants import ALL
 
 __all__ = ["QUANTITIES", "Comparison", "Verdict", "campaign", "compare", "judge", "judge_outputs", "outputs", "summary"]
 
+BALLS = 2**12  # products up to which a call in fp64 is judged by ball arithmetic
 QUANTITIES = ("value", "lse", "entropy", "dE", "dC", "dbias")
 
 
@@ -133,9 +134,15 @@ def _value(call: Call, heads: dict[str, Tensor], flat: dict[str, Tensor]) -> Ten
     return total.reshape(()) + (extra.sum() / count if bool(extra.any()) else 0.0)
 
 
-def judge(k: Knobs, method: str = "fp64") -> Verdict:
-    """Runs the call and compares what it gives with the truth."""
+def judge(k: Knobs, method: str | None = None) -> Verdict:
+    """Runs the call and compares what it gives with the truth.
+
+    `method` of the truth; None: fp64, but balls for small calls in fp64, whose errors an fp64 truth would share.
+    """
     call = build(k)
+    if method is None:
+        small = call.problem.n * call.problem.v * call.problem.d <= BALLS
+        method = "balls" if small and call.problem.compute_dtype is torch.float64 else "fp64"
     exact = truth(call.problem, call.objective, method)
     allowed = bound(call.problem, call.plan, call.objective, seed=call.knobs.seed)
     return judge_outputs(call, outputs(call), exact, allowed)
@@ -243,7 +250,6 @@ def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         e, c = knobs["e_dtype"], knobs["c_dtype"]
         groups["dtype"][e if c in ("same", e) else "mixed"].append(row)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    medians = [q["bound"] / q["error"] for row in rows for q in row.get("quantities", {}).values() if _counts(q)]
     return {
         "command": f"python -m cce_precision.analysis.fuzz --problems {len(rows)} --seed {seed}",
         "commit": commit.strip() or None,
@@ -251,11 +257,15 @@ def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "problems": len(rows),
         "violations": [row for row in rows if not _holds(row)],
-        "median bound / error": statistics.median(medians) if medians else None,
+        "median bound / error": _median(rows),
         "quantities": {name: _statistics(rows, name) for name in QUANTITIES},
         **{
             kind: {
-                key: {"problems": len(group), **{name: _statistics(group, name) for name in QUANTITIES}}
+                key: {
+                    "problems": len(group),
+                    "median bound / error": _median(group),
+                    **{name: _statistics(group, name) for name in QUANTITIES},
+                }
                 for key, group in sorted(named.items())
             }
             for kind, named in groups.items()
@@ -263,8 +273,11 @@ def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     }
 
 
-def _counts(q: dict[str, Any]) -> bool:
-    return q["error"] > 0 and math.isfinite(q["bound"])
+def _median(rows: Iterable[dict[str, Any]]) -> float | None:
+    """Of bound / error, over all quantities of all problems."""
+    found = [q for row in rows for q in row.get("quantities", {}).values()]
+    ratios = [q["bound"] / q["error"] for q in found if q["error"] > 0 and math.isfinite(q["bound"])]
+    return statistics.median(ratios) if ratios else None
 
 
 def _page(found: dict[str, Any]) -> str:
@@ -291,13 +304,13 @@ def _page(found: dict[str, Any]) -> str:
         )
     for kind in ("variant", "dtype"):
         heads = " | ".join(f"{name}: largest, median" for name in ("value", "dE", "dC"))
-        lines += ["", f"| {kind} | problems | {heads} |", "|---|---|---|---|---|"]
+        lines += ["", f"| {kind} | problems | all: median | {heads} |", "|---|---|---|---|---|---|"]
         for key, group in found[kind].items():
             cells = " | ".join(
                 f"{group[name]['largest error / bound']:.4f}, {number(group[name]['median bound / error'])}"
                 for name in ("value", "dE", "dC")
             )
-            lines.append(f"| {key} | {group['problems']} | {cells} |")
+            lines.append(f"| {key} | {group['problems']} | {number(group['median bound / error'])} | {cells} |")
     if bad:
         lines += ["", "Violations:", ""] + [f"    {json.dumps(row['knobs'])}" for row in found["violations"]]
     return "\n".join(lines) + "\n"

@@ -260,12 +260,11 @@ def test_infinite_where_nothing_can_be_said() -> None:
     assert allowed.dE.isinf().all() and allowed.dC.isinf().all()
 
 
-@pytest.mark.parametrize("impl", EAGER)
-def test_bounds_are_narrow(impl: str) -> None:
+def test_bounds_are_narrow() -> None:
     """The median of bound / error, over quantities and problems of the campaign's distribution, is at most 50."""
     rng = random.Random(5)
     ratios = []
-    for _ in range(25):
+    for impl in 8 * EAGER:
         verdict = judge(random_knobs(rng, (impl,)))
         assert verdict.holds, str(verdict)
         ratios += [q.bound / q.error for q in verdict.quantities.values() if q.error > 0 and q.bound < math.inf]
