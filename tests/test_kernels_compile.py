@@ -81,12 +81,24 @@ def logits_arguments(
     m, n, k = config.m, config.n, config.k
     tiles = {"e": matrix(dtype, tma, m, k), "c": matrix(dtype, tma, n, k)}
     shared = {
-        "bias": f"*{dtype}", "weight": FP32, "targets": I64, "shape": TRIPLE, "stride_e": PAIR, "stride_c": PAIR, "softcap": "fp32",
-        "M": Constant(m), "N": Constant(n), "K": Constant(k), "GROUP": Constant(config.group), "FLATTEN": Constant(config.flatten),
-        "FLAGS": Constant(flags), "TMA": Constant(tma), "PRECISION": Constant("ieee"),
-    }  # fmt: skip
+        "bias": f"*{dtype}",
+        "weight": FP32,
+        "targets": I64,
+        "stride_e": PAIR,
+        "stride_c": PAIR,
+        "M": Constant(m),
+        "N": Constant(n),
+        "K": Constant(k),
+        "GROUP": Constant(config.group),
+        "FLATTEN": Constant(config.flatten),
+        "FLAGS": Constant(flags),
+        "TMA": Constant(tma),
+        "PRECISION": Constant("ieee"),
+    }
     if kernel == "forward":
         own = {
+            "shape": TRIPLE,
+            "softcap": "fp32",
             "partial": FP32,
             "place": I32,
             "target_logit": FP32,
@@ -98,9 +110,20 @@ def logits_arguments(
         out = matrix(dtype, tma, m, n)
         kind = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
         own = {
-            "rows_terms": FP32, "label": FP32, "dz": out, "dz_low": out, "alive": I32, "column_sums": FP32, "row_stats": FP32,
-            "chosen": I32, "stride_dz": PAIR, "start": "i32", "temperature": "fp32", "eps_bits": "i32", "DTYPE": Constant(kind),
-        }  # fmt: skip
+            "rows_terms": FP32,
+            "label": FP32,
+            "dz": out,
+            "dz_low": out,
+            "alive": I32,
+            "column_sums": FP32,
+            "row_stats": FP32,
+            "chosen": I32,
+            "stride_dz": PAIR,
+            "shape": ("i32",) * 4,
+            "scalars": ("fp32", "fp32"),
+            "eps_bits": "i32",
+            "DTYPE": Constant(kind),
+        }
     return tiles | shared | own
 
 
@@ -143,33 +166,87 @@ def test_split_and_filter(arch: str) -> None:
 def test_tile_products(mode: int, transposed: bool) -> None:
     features = 64 if mode == 2 else 128
     arguments = {
-        "dz": matrix("bf16", True, 128, 128), "other": matrix("bf16", True, 128, features), "places": I32, "counts": I32,
-        "out": FP32 if mode == 0 and not transposed else "*bf16", "lost": "*bf16", "order": I64, "factor": FP32, "shift": FP32,
-        "scale": FP32, "shape": TRIPLE, "stride_dz": PAIR, "stride_other": PAIR, "walked": "i32", "TM": Constant(128),
-        "TN": Constant(128), "FEATURES": Constant(features), "TRANSPOSED": Constant(transposed), "MODE": Constant(mode),
-        "FLAGS": Constant((transposed, False, False)), "TMA": Constant(True), "PRECISION": Constant("ieee"),
-    }  # fmt: skip
+        "dz": matrix("bf16", True, 128, 128),
+        "other": matrix("bf16", True, 128, features),
+        "places": I32,
+        "counts": I32,
+        "out": FP32 if mode == 0 and not transposed else "*bf16",
+        "lost": "*bf16",
+        "order": I64,
+        "factor": FP32,
+        "shift": FP32,
+        "scale": FP32,
+        "shape": TRIPLE,
+        "stride_dz": PAIR,
+        "stride_other": PAIR,
+        "walked": "i32",
+        "TM": Constant(128),
+        "TN": Constant(128),
+        "FEATURES": Constant(features),
+        "TRANSPOSED": Constant(transposed),
+        "MODE": Constant(mode),
+        "FLAGS": Constant((transposed, False, False)),
+        "TMA": Constant(True),
+        "PRECISION": Constant("ieee"),
+    }
     check(arguments, tile_filter.tile_product_kernel, "sm_90", num_warps=8, num_stages=3)
 
 
 @pytest.mark.parametrize("arch", sorted(CAPABILITY))
 def test_row_kernels(arch: str) -> None:
     finish = {
-        "out": "*bf16", "total": FP32, "e": "*bf16", "tokens": I64, "starts": I32, "label": FP32, "weight": FP32, "shift": FP32,
-        "scale": FP32, "order": I64, "width": "i32", "d": "i32", "start": "i32", "ROWS": Constant(4), "COLUMNS": Constant(512),
-        "TOKENS": Constant(8), "LABEL": Constant(True), "SHIFT": Constant(True), "WEIGHT": Constant(True), "ORDER": Constant(True),
-    }  # fmt: skip
+        "out": "*bf16",
+        "total": FP32,
+        "e": "*bf16",
+        "tokens": I64,
+        "starts": I32,
+        "label": FP32,
+        "weight": FP32,
+        "shift": FP32,
+        "scale": FP32,
+        "order": I64,
+        "width": "i32",
+        "d": "i32",
+        "start": "i32",
+        "ROWS": Constant(4),
+        "COLUMNS": Constant(512),
+        "TOKENS": Constant(8),
+        "LABEL": Constant(True),
+        "SHIFT": Constant(True),
+        "WEIGHT": Constant(True),
+        "ORDER": Constant(True),
+    }
     check(finish, terms.finish_columns_kernel, arch, spills=16, num_warps=4)  # loop bounds, outside the loop
     labels = {
-        "total": FP32, "e": "*bf16", "values": I64, "tokens": I64, "label": FP32, "n": "i32", "d": "i32", "TOKENS": Constant(16),
+        "total": FP32,
+        "e": "*bf16",
+        "values": I64,
+        "tokens": I64,
+        "label": FP32,
+        "n": "i32",
+        "d": "i32",
+        "TOKENS": Constant(16),
         "FEATURES": Constant(512),
-    }  # fmt: skip
+    }
     check(labels, one_pass.add_labels_kernel, arch, num_warps=4)
     combine = {
-        "partial": FP32, "place": I32, "split_weight": FP32, "target_logit": FP32, "targets": I64, "nll": FP32, "lse": FP32,
-        "entropy": FP32, "smooth": FP32, "argmax": I64, "n": "i32", "splits": "i32", "scale": "fp32", "temperature": "fp32",
-        "M": Constant(128), "FLAGS": Constant(BUSY["forward"]),
-    }  # fmt: skip
+        "partial": FP32,
+        "place": I32,
+        "split_weight": FP32,
+        "target_logit": FP32,
+        "targets": I64,
+        "nll": FP32,
+        "lse": FP32,
+        "entropy": FP32,
+        "smooth": FP32,
+        "argmax": I64,
+        "n": "i32",
+        "splits": "i32",
+        "scale": "fp32",
+        "temperature": "fp32",
+        "M": Constant(128),
+        "FLAGS": Constant(BUSY["forward"]),
+    }
     check(combine, heads.combine_kernel, arch, num_warps=4)
 
 
@@ -186,7 +263,7 @@ def hopper_matrix(rows: int, columns: int) -> str:
 def test_warp_specialised_kernels(which: str) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from cce_precision.kernels import hopper, hopper_tiles
+    from cce_precision.kernels import hopper, hopper_dz, hopper_tiles
 
     logits = {
         "e": hopper_matrix(128, 64),
@@ -199,24 +276,54 @@ def test_warp_specialised_kernels(which: str) -> None:
     if which == "forward":
         kernel = hopper.hopper_forward_kernel
         arguments: dict[str, Any] = logits | {
-            "partial": FP32, "target_logit": FP32, "v": "i32", "splits": "i32", "tiles_a_split": "i32", "scale": "fp32", "STAGES": Constant(4),
-        }  # fmt: skip
+            "partial": FP32,
+            "target_logit": FP32,
+            "v": "i32",
+            "splits": "i32",
+            "tiles_a_split": "i32",
+            "scale": "fp32",
+            "STAGES": Constant(4),
+        }
     elif which in ("dz", "filter", "powers"):
-        kernel = hopper.hopper_dz_kernel
+        kernel = hopper_dz.hopper_dz_kernel
         arguments = logits | {
-            "dz": hopper_matrix(64, 256), "rows_terms": FP32, "label": FP32, "row_stats": FP32, "chosen": I32, "alive": I32,
-            "width": "i32", "start": "i32", "temperature": "fp32", "LABEL": Constant(which == "filter"),
-            "STATS": Constant(which == "powers"), "CHOSEN": Constant(which == "powers"), "FILTER": Constant(which == "filter"),
+            "dz": hopper_matrix(64, 256),
+            "rows_terms": FP32,
+            "label": FP32,
+            "row_stats": FP32,
+            "chosen": I32,
+            "alive": I32,
+            "width": "i32",
+            "start": "i32",
+            "temperature": "fp32",
+            "LABEL": Constant(which == "filter"),
+            "STATS": Constant(which == "powers"),
+            "CHOSEN": Constant(which == "powers"),
+            "FILTER": Constant(which == "filter"),
             "STAGES": Constant(3),
-        }  # fmt: skip
+        }
     else:
         kernel = hopper_tiles.hopper_tile_product_kernel
         features = 128 if which == "kahan" else 256
         arguments = {
-            "dz": hopper_matrix(64, 64), "other": hopper_matrix(64, features), "places": I32, "counts": I32, "out": "*bf16",
-            "lost": "*bf16", "order": I64, "factor": FP32, "shift": FP32, "scale": FP32, "rows_end": "i32", "d": "i32", "walked": "i32",
-            "FEATURES": Constant(features), "TRANSPOSED": Constant(which == "input"), "KAHAN": Constant(which == "kahan"),
-            "FLAGS": Constant((which == "input", False, False)), "STAGES": Constant(4),
-        }  # fmt: skip
+            "dz": hopper_matrix(64, 64),
+            "other": hopper_matrix(64, features),
+            "places": I32,
+            "counts": I32,
+            "out": "*bf16",
+            "lost": "*bf16",
+            "order": I64,
+            "factor": FP32,
+            "shift": FP32,
+            "scale": FP32,
+            "rows_end": "i32",
+            "d": "i32",
+            "walked": "i32",
+            "FEATURES": Constant(features),
+            "TRANSPOSED": Constant(which == "input"),
+            "KAHAN": Constant(which == "kahan"),
+            "FLAGS": Constant((which == "input", False, False)),
+            "STAGES": Constant(4),
+        }
     used = resources(GluonASTSource, kernel, arguments, "sm_90", num_warps=4)
     assert used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used

@@ -16,7 +16,7 @@ from cce_precision.problem import Plan, Problem, Upstream
 pytestmark = pytest.mark.gpu
 
 IMPLS = ("cce_exact", "cce_split", "cce_no_filter", "cce", "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e")
-SHAPES = ((300, 1000, 264), (129, 2049, 72), (512, 5000, 1024), (77, 515, 37))
+SHAPES = ((200, 700, 136), (77, 515, 37))
 
 
 def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 3.0, ignored: bool = False) -> Problem:

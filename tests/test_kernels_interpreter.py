@@ -1,4 +1,6 @@
-"""The Triton kernels in Triton's interpreter, through the whole interface and under the same bounds as the eager passes."""
+"""The Triton kernels in Triton's interpreter, through the whole interface and under the same bounds as the eager
+passes.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,25 @@ def test_every_variant_and_dtype(impl: str, dtype: str) -> None:
     """Several tiles each way, every head and option at once; filtered variants without what has no kernel."""
     filtered = variants.get(impl).filtered
     k = Knobs(
-        seed=3, n=40, v=150, d=6, impl=impl, e_dtype=dtype, bias="same", scale=3.0, softcap=None if filtered else 5.0,
-        temperature=0.7, label_smoothing=0.1, class_weight=True, ignored="some", nan_ignored=True, use_lse=True,
-        use_entropy=True, upstream="random", reduction="none",
-    )  # fmt: skip
+        seed=3,
+        n=40,
+        v=150,
+        d=6,
+        impl=impl,
+        e_dtype=dtype,
+        bias="same",
+        scale=3.0,
+        softcap=None if filtered else 5.0,
+        temperature=0.7,
+        label_smoothing=0.1,
+        class_weight=True,
+        ignored="some",
+        nan_ignored=True,
+        use_lse=True,
+        use_entropy=True,
+        upstream="random",
+        reduction="none",
+    )
     call = build(k)
     assert kernels.supports(call.problem, call.plan) is None
     within_bounds(k)
@@ -137,7 +154,8 @@ def test_one_pass_gives_the_gradients_of_the_sum(monkeypatch: pytest.MonkeyPatch
     exact = truth(problem, objective)
     allowed = bound(problem, dataclasses.replace(plan, one_pass=None), objective)
     dtype, u = problem.e.dtype, unit_roundoff(problem.e.dtype)
-    # Beside what two passes round: the powers (a P that rounds exactly may come from one that does not) and the scaled rows.
+    # Beside what two passes round: the powers (a P that rounds exactly may come from one that does not) and the scaled
+    # rows.
     e = torch.where((problem.targets >= 0)[:, None], problem.e, 0).double()
     p, tiny = torch.softmax(e @ problem.c.double().T, 1), torch.finfo(dtype).tiny  # powers below tiny may be lost
     extra = {"dE": u * p @ problem.c.double().abs(), "dC": 2 * u * (1 + u) * p.T @ e.abs()}

@@ -1,7 +1,7 @@
 """The passes as Triton kernels. Importing this costs nothing; Triton is imported by the first call that runs one.
 
-Guarantees: no host synchronisation (a CUDA graph captures both passes), the current device and stream, 64-bit offsets, no atomics:
-every result is bitwise repeatable. Where a call cannot run, `supports` says why.
+Guarantees: no host synchronisation (a CUDA graph captures both passes), the current device and stream, 64-bit offsets,
+no atomics: every result is bitwise repeatable. Where a call cannot run, `supports` says why.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..numerics import FilterKind, Operand, Path, Variant
+from ..numerics import Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
 __all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "scaled", "supports"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _machine(device: torch.device) -> str | None:
     """Why no kernel can run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -89,7 +89,9 @@ def forward(problem: Problem, plan: Plan) -> Heads:
 
 
 def one_pass_fits(problem: Problem, plan: Plan) -> bool:
-    """Whether `forward_one_pass` runs this call in plan.workspace_mb: a function of shapes, dtypes, the device and the plan alone."""
+    """Whether `forward_one_pass` runs this call in plan.workspace_mb: a function of shapes, dtypes, the device and the
+    plan alone.
+    """
     if problem.e.dtype is not torch.bfloat16 or plan.workspace_mb is None:
         return False
     from .one_pass import tokens_a_chunk
@@ -106,7 +108,9 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor 
 
 
 def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """unit (fp32) times factor (0-dim), rounded once to the dtype of `like`: what turns `forward_one_pass`'s gradients into the final."""
+    """unit (fp32) times factor (0-dim), rounded once to the dtype of `like`: what turns `forward_one_pass`'s gradients
+    into the final.
+    """
     from .one_pass import scaled as run
 
     with _on(unit.device):
@@ -116,7 +120,9 @@ def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
 def backward(
     problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool], seed: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which have no kernel."""
+    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which
+    have no kernel.
+    """
     from .dense import backward_by_runs
 
     with _on(problem.e.device):

@@ -1,9 +1,10 @@
 """The backward pass: dZ of one run of columns at a time, then the two products.
 
-For each run of columns a kernel recomputes the logits and writes dZ in the operand's dtype (a hi + lo pair for SPLIT). An unfiltered
-side takes library products: dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE += dZ C[run] in fp32, which is
-at least as exact as the sum that the record names. A tile-filtered side takes the products of tile_filter.py over the surviving
-tiles alone. No atomics: bitwise repeatable. The width of a run follows from the workspace that the caller allows.
+For each run of columns a kernel recomputes the logits and writes dZ in the operand's dtype (a hi + lo pair for SPLIT).
+An unfiltered side takes library products: dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE +=
+dZ C[run] in fp32, which is at least as exact as the sum that the record names. A tile-filtered side takes the products
+of tile_filter.py over the surviving tiles alone. No atomics: bitwise repeatable. The width of a run follows from the
+workspace that the caller allows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> in
 
 
 def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
-    """Columns by falling mean logit before the softcap, c . mean(e) + bias (V,); None where the filter does not ask for it."""
+    """Columns by falling mean logit before the softcap, c . mean(e) + bias (V,); None where the filter does not ask for
+    it.
+    """
     if not (plan.variant.sort_vocabulary and plan.variant.filtered):
         return None
     count = (problem.targets >= 0).sum().clamp(min=1)
@@ -91,7 +94,9 @@ def tile_filter_of(problem: Problem, plan: Plan) -> TileFilter | None:
 
 @dataclass
 class EmbeddingSums:
-    """dE (N, D) under summation over the runs: fp32 and unscaled, or the gradient itself where a low-precision sum is asked for."""
+    """dE (N, D) under summation over the runs: fp32 and unscaled, or the gradient itself where a low-precision sum is
+    asked for.
+    """
 
     total: Tensor
     lost: Tensor | None
@@ -177,16 +182,34 @@ def walk_runs(
             finish_columns(d_c, total, start, e, terms, segments, weighted_e, run.weight, rows)
         elif d_c is not None and alive is not None:
             tile_product(
-                operands[0], e, alive, d_c, None, terms.scale, variant.tile, variant.accum_c, True,
+                operands[0],
+                e,
+                alive,
+                d_c,
+                None,
+                terms.scale,
+                variant.tile,
+                variant.accum_c,
+                True,
                 order=rows if rows is not None else torch.arange(start, stop, device=device),
-                factor=run.weight, shift=weighted_e,
-            )  # fmt: skip
+                factor=run.weight,
+                shift=weighted_e,
+            )
         if sums_e is not None and variant.filter_e and alive is not None:
             shift = weighted_c if stop == v and sums_e.accum is not Accumulation.FP32 else None
             tile_product(
-                operands[0], run.c, alive, sums_e.total, sums_e.lost, terms.scale, variant.tile, sums_e.accum, False,
-                factor=terms.sigma, shift=shift,
-            )  # fmt: skip
+                operands[0],
+                run.c,
+                alive,
+                sums_e.total,
+                sums_e.lost,
+                terms.scale,
+                variant.tile,
+                sums_e.accum,
+                False,
+                factor=terms.sigma,
+                shift=shift,
+            )
         elif sums_e is not None:
             for x in operands:
                 accumulate_product(sums_e.total, x, run.c, False)

@@ -1,6 +1,7 @@
 """dZ of a run of columns: the logits again, and from them x = P (alpha - kappa (log P + H)) in the operand's dtype.
 
-The label's entry is 0 (its term is added apart, in fp32) or the given label term; the other conventions stand in AGENTS.md.
+The label's entry is 0 (its term is added apart, in fp32) or the given label term; the other conventions stand in
+AGENTS.md.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ def dz_kernel(
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     row_stats,  # (2, column tiles, N) fp32 row sums of dZ and row maxima of the logits, or unused
     chosen,  # (row blocks + 1,) int32: how many row blocks to compute, and which; or unused
-    shape,  # (N, W, D)
+    shape,  # (N, W, D, position of the first column)
     stride_e,
     stride_c,
     stride_dz,
-    start,  # position of the first column
-    softcap,
-    temperature,
+    scalars,  # (softcap, temperature)
     eps_bits,  # the filter's threshold, its fp32 bits
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of
-    # surviving tiles alone, row statistics, chosen row blocks)
+    # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of surviving tiles
+    # alone, row statistics, chosen row blocks)
+    FLAGS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    n, width, d = shape
+    n, width, d, start = shape
+    softcap, temperature = scalars
     BIAS: tl.constexpr = FLAGS[0]
     SOFTCAP: tl.constexpr = FLAGS[1]
     ENTROPY: tl.constexpr = FLAGS[2]
@@ -118,7 +119,7 @@ def dz_kernel(
             if some_hit:
                 own = tl.arange(0, N)[None, :] == local[:, None]
                 x = tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], x)
-        elif SUMS:
+        elif SUMS:  # noqa: SIM102
             if some_hit:
                 own = tl.arange(0, N)[None, :] == local[:, None]
                 apart = tl.sum(tl.where(own, tl.load(label + rows, mask=inside, other=0.0)[:, None], 0.0), 0)
@@ -197,7 +198,7 @@ class TileFilter:
         return Config(m, n, 64 if flatten else 32, 8 if m * n >= 8192 else 4, 4, flatten=flatten)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -212,7 +213,8 @@ def write_dz(
     want_sums: bool,
     tile_filter: TileFilter | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row blocks,
+    """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row
+    blocks,
     column tiles) int32 matrix of surviving tiles."""
     rows, width = e.shape[0], run.c.shape[0]
     if tile_filter is None:
@@ -262,7 +264,7 @@ def _launch(
     bits = 0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0]
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
     if tma and not any(flags[:5]) and not any(flags[6:8]) and hopper_fits(e, made_for):
-        from .hopper import launch_dz
+        from .hopper_dz import launch_dz
 
         programs = multiprocessors(e.device)
         if alive is not None:
@@ -287,13 +289,11 @@ def _launch(
         unused if sums is None else sums,
         unused if row_stats is None else row_stats,
         unused if chosen is None else chosen,
-        (rows, width, problem.d),
+        (rows, width, problem.d, run.start),
         tuple(e.stride()),
         tuple(run.c.stride()),
         tuple(dz.stride()),
-        run.start,
-        float(problem.softcap or 1.0),
-        float(problem.temperature),
+        (float(problem.softcap or 1.0), float(problem.temperature)),
         bits,
         M=config.m,
         N=config.n,
@@ -314,8 +314,8 @@ def write_powers(
 ) -> Tensor:
     """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1.
 
-    Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`, only those
-    row blocks are computed, into `stats` as well.
+    Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`,
+    only those row blocks are computed, into `stats` as well.
     """
     config = config_for("dz", c)
     if stats is None:

@@ -1,8 +1,10 @@
-"""The forward pass: the heads of every token in one walk over the vocabulary, nothing larger than (tokens x splits) written.
+"""The forward pass: the heads of every token in one walk over the vocabulary, nothing larger than (tokens x splits)
+written.
 
-One program owns a block of tokens and a split of the vocabulary; its running maximum and sum stay in registers, and a small second
-kernel merges the splits. The target's logit is kept apart, so nll = log1p of the odds against it, to a few ulp however confident a
-row is. Splits and tiles depend on the vocabulary alone: a token's heads are bitwise the same whatever else is in the batch.
+One program owns a block of tokens and a split of the vocabulary; its running maximum and sum stay in registers, and a
+small second kernel merges the splits. The target's logit is kept apart, so nll = log1p of the odds against it, to a few
+ulp however confident a row is. Splits and tiles depend on the vocabulary alone: a token's heads are bitwise the same
+whatever else is in the batch.
 
 Sources: online softmax, Milakov and Gimelshein, arXiv 1805.02867; the complement form, Blanchard, Higham and Higham,
 doi 10.1093/imanum/draa038.
@@ -189,7 +191,8 @@ def combine_kernel(
             where_best = tl.where(value > best, at, where_best)
             best = tl.maximum(best, value)
 
-    # In base 2 relative to the reference: y_t, the target's logit, rounded once; rest, the log of the other columns' sum.
+    # In base 2 relative to the reference: y_t, the target's logit, rounded once; rest, the log of the other columns'
+    # sum.
     own = tl.load(target_logit + rows, mask=inside & counts, other=0.0)
     reference = reference_of(m, scale)
     y_t = tl.fma(own, scale, -reference)

@@ -1,30 +1,23 @@
 """The logits kernels for Hopper (sm_90), warp-specialised: one warp copies tiles, two warpgroups multiply.
 
-Each consumer owns half of the token rows of a tile. The two drift apart by as much as the ring of tile buffers allows, so that one
-multiplies while the other takes exponentials. Same arithmetic, same order and hence the same results as the portable kernels, which
-remain the reference; used where bulk copies fit and a call asks for nothing but nll and lse, or for plain dZ.
+Each consumer owns half of the token rows of a tile. The two drift apart by as much as the ring of tile buffers allows,
+so that one multiplies while the other takes exponentials. Same arithmetic, same order and hence the same results as the
+portable kernels, which remain the reference; used where bulk copies fit and a call asks for nothing but nll and lse, or
+for plain dZ.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from .terms import RowTerms
-
-if TYPE_CHECKING:
-    from .dz import Outputs
 
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows of one consumer
@@ -45,9 +38,24 @@ def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
 
 @gluon.jit
 def copy_tiles(
-    e, c, left, right, full, free, first, last, step, fixed, blocks, tiles, d, chosen,
-    CHOSEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    e,
+    c,
+    left,
+    right,
+    full,
+    free,
+    first,
+    last,
+    step,
+    fixed,
+    blocks,
+    tiles,
+    d,
+    chosen,
+    CHOSEN: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
 
     Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block.
@@ -89,9 +97,25 @@ def logits_half(left, right, full, free, count, d, layout: gl.constexpr, WHICH: 
 
 @gluon.jit
 def softmax_half(
-    left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale,
-    WHICH: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    full,
+    free,
+    targets,
+    partial,
+    target_logit,
+    block,
+    split,
+    first,
+    last,
+    n,
+    v,
+    d,
+    splits,
+    scale,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -154,121 +178,60 @@ def hopper_forward_kernel(
     one = gl.to_tensor(1)
     gl.warp_specialize(
         [
-            (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(0), STAGES)),
-            (softmax_half, (left, right, full, free, targets, partial, target_logit, block, split, first, last, n, v, d, splits, scale, gl.constexpr(1), STAGES)),
-            (copy_tiles, (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES)),
+            (
+                softmax_half,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    targets,
+                    partial,
+                    target_logit,
+                    block,
+                    split,
+                    first,
+                    last,
+                    n,
+                    v,
+                    d,
+                    splits,
+                    scale,
+                    gl.constexpr(0),
+                    STAGES,
+                ),
+            ),
+            (
+                softmax_half,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    targets,
+                    partial,
+                    target_logit,
+                    block,
+                    split,
+                    first,
+                    last,
+                    n,
+                    v,
+                    d,
+                    splits,
+                    scale,
+                    gl.constexpr(1),
+                    STAGES,
+                ),
+            ),
+            (
+                copy_tiles,
+                (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES),
+            ),
         ],
         [4, 4],
         [240, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def dz_half(
-    left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, alive, n, width, d, start, blocks, tiles, first,
-    last, step, temperature, LABEL: gl.constexpr, STATS: gl.constexpr, CHOSEN: gl.constexpr, FILTER: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared memory."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    by_row: gl.constexpr = gl.SliceLayout(1, layout)
-    by_column: gl.constexpr = gl.SliceLayout(0, layout)
-    count = 0
-    for unit in range(first, last, step):
-        block, tile = place_of(unit, blocks, tiles, GROUP)
-        if CHOSEN:
-            block = gl.load(chosen + 1 + block)
-        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
-        rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
-        inside = rows < n
-        lse = gl.load(rows_terms + rows, mask=inside, other=float("inf"))
-        alpha = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) + rows, mask=inside, other=0.0)
-        local = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32) - start - tile * COLUMNS
-        hit = (local >= 0) & (local < COLUMNS)
-        some_hit = gl.max(hit.to(gl.int32), 0) > 0  # few tiles hold a target
-        columns = gl.arange(0, COLUMNS, by_column)
-        if STATS or FILTER:
-            if tile * COLUMNS + COLUMNS > width:
-                acc = gl.where((columns < width - tile * COLUMNS)[None, :], acc, float("-inf"))
-        if STATS:
-            gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * (tiles + tile) + rows, gl.max(acc, 1), mask=inside)
-        x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E)
-        if some_hit:
-            x = gl.where(columns[None, :] == local[:, None], 0.0, x)
-        if STATS:
-            gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * tile + rows, gl.sum(x, 1), mask=inside)
-        if FILTER:  # as integers non-negative floats keep their order, and NaN is the largest
-            complement = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) * 5 + rows, mask=inside & hit, other=0.0)
-            complement = complement.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-            bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-            of_half = gl.max(gl.where((columns < 128)[None, :], bits, 0), 1)
-            of_half = gl.maximum(of_half, gl.where(local < 128, complement, 0))
-            at = alive + block * ((width + 127) // 128) + tile * 2
-            gl.atomic_max(at, gl.max(of_half, 0))
-            of_half = gl.max(gl.where((columns < 128)[None, :], 0, bits), 1)
-            of_half = gl.maximum(of_half, gl.where(local < 128, 0, complement))
-            gl.atomic_max(at + 1, gl.max(of_half, 0), mask=tile * COLUMNS + 128 < width)
-        x = x * alpha[:, None]
-        if LABEL:
-            if some_hit:
-                own = columns[None, :] == local[:, None]
-                x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
-        high = x.to(dz.dtype)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        out.index(WHICH).store(high)
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dz, [block * ROWS + WHICH * HALF, tile * COLUMNS], out.index(WHICH))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def hopper_dz_kernel(
-    e,  # (N, D) descriptor, tiles (128, 64)
-    c,  # (W, D) descriptor, tiles (256, 64)
-    dz,  # (N, W) descriptor, tiles (64, 256)
-    targets,  # (N,) int64
-    rows_terms,  # (6, N) fp32
-    label,  # (N,) fp32
-    row_stats,  # (2, column tiles, N) fp32 or unused
-    chosen,  # (row blocks + 1,) int32 or unused
-    alive,  # (row blocks, tiles of 128 columns) int32 zeros: the largest |P - onehot| as fp32 bits; or unused
-    n,
-    width,
-    d,
-    start,
-    temperature,
-    LABEL: gl.constexpr,
-    STATS: gl.constexpr,
-    CHOSEN: gl.constexpr,
-    FILTER: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
-    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
-    out = gl.allocate_shared_memory(dz.dtype, [2, HALF, COLUMNS], dz.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    blocks = (n + ROWS - 1) // ROWS
-    tiles = (width + COLUMNS - 1) // COLUMNS
-    if CHOSEN:
-        blocks = gl.load(chosen)
-    first, last, step = gl.program_id(0), blocks * tiles, gl.num_programs(0)
-    never = gl.to_tensor(-1)
-    gl.warp_specialize(
-        [
-            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, alive, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, STATS, CHOSEN, FILTER, gl.constexpr(0), GROUP, STAGES)),
-            (dz_half, (left, right, full, free, out, dz, targets, rows_terms, label, row_stats, chosen, alive, n, width, d, start, blocks, tiles, first, last, step, temperature, LABEL, STATS, CHOSEN, FILTER, gl.constexpr(1), GROUP, STAGES)),
-            (copy_tiles, (e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, chosen, CHOSEN, GROUP, STAGES)),
-        ],
-        [4, 4],
-        [240, 24],
-    )  # fmt: skip
+    )
 
 
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -291,33 +254,18 @@ def launch_forward(
     """Fills partial (2, splits, N) and target_logit (N,) as heads.forward_kernel does."""
     splits, n = partial.shape[1:]
     hopper_forward_kernel[((n + 127) // 128 * splits,)](
-        describe(e, 128, 64), describe(c, 256, 64), targets, partial, target_logit, n, c.shape[0], e.shape[1], splits, tiles_a_split, scale,
-        GROUP=group, STAGES=4, num_warps=4,
-    )  # fmt: skip
-
-
-def launch_dz(
-    e: Tensor,
-    c: Tensor,
-    dz: Tensor,
-    terms: RowTerms,
-    outputs: Outputs,
-    start: int,
-    temperature: float,
-    programs: int,
-    group: int,
-) -> None:
-    """Fills dz (N, W), and the row statistics, as dz.dz_kernel does without bias, softcap, entropy, smoothing, split and sums.
-
-    outputs.alive (zeros on entry) receives the largest |P - onehot| of each 128 x 128 tile as fp32 bits.
-    """
-    n, width = dz.shape
-    stats, chosen = outputs.row_stats, outputs.chosen
-    units = (n + 127) // 128 * ((width + 255) // 256)
-    hopper_dz_kernel[(min(units, programs),)](
-        describe(e, 128, 64), describe(c, 256, 64), describe(dz, 64, 256), terms.targets, terms.terms, terms.label,
-        terms.terms if stats is None else stats, terms.targets if chosen is None else chosen,
-        terms.targets if outputs.alive is None else outputs.alive, n, width, e.shape[1], start, temperature,
-        LABEL=terms.label_inside, STATS=stats is not None, CHOSEN=chosen is not None,
-        FILTER=outputs.alive is not None, GROUP=group, STAGES=3, num_warps=4,
-    )  # fmt: skip
+        describe(e, 128, 64),
+        describe(c, 256, 64),
+        targets,
+        partial,
+        target_logit,
+        n,
+        c.shape[0],
+        e.shape[1],
+        splits,
+        tiles_a_split,
+        scale,
+        GROUP=group,
+        STAGES=4,
+        num_warps=4,
+    )

@@ -54,7 +54,9 @@ def copy_survivors(
 
 @gluon.jit
 def add_rounded(total, lost, value, KAHAN: gl.constexpr):
-    """One contribution, read-modify-write in the dtype of the sum, or into a compensated pair of it (primitives.kahan_add)."""
+    """One contribution, read-modify-write in the dtype of the sum, or into a compensated pair of it
+    (primitives.kahan_add).
+    """
     if KAHAN:
         old = total.to(gl.float32)
         value = value - lost.to(gl.float32)
@@ -66,10 +68,28 @@ def add_rounded(total, lost, value, KAHAN: gl.constexpr):
 
 @gluon.jit
 def sum_survivors(
-    left, right, full, free, counts, out, lost_sums, order, factor, shift, scale, owner, first, rows_end, d,
-    WHICH: gl.constexpr, FEATURES: gl.constexpr, TRANSPOSED: gl.constexpr, KAHAN: gl.constexpr, FLAGS: gl.constexpr,
+    left,
+    right,
+    full,
+    free,
+    counts,
+    out,
+    lost_sums,
+    order,
+    factor,
+    shift,
+    scale,
+    owner,
+    first,
+    rows_end,
+    d,
+    WHICH: gl.constexpr,
+    FEATURES: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    KAHAN: gl.constexpr,
+    FLAGS: gl.constexpr,
     STAGES: gl.constexpr,
-):  # fmt: skip
+):
     """One consumer: 64 rows of the output."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -148,24 +168,98 @@ def hopper_tile_product_kernel(
     first = gl.program_id(1) * FEATURES
     gl.warp_specialize(
         [
-            (sum_survivors, (left, right, full, free, counts, out, lost, order, factor, shift, scale, owner, first, rows_end, d, gl.constexpr(0), FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES)),
-            (sum_survivors, (left, right, full, free, counts, out, lost, order, factor, shift, scale, owner, first, rows_end, d, gl.constexpr(1), FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES)),
-            (copy_survivors, (dz, other, left, right, full, free, places, counts, walked, owner, first, TRANSPOSED, STAGES)),
+            (
+                sum_survivors,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    counts,
+                    out,
+                    lost,
+                    order,
+                    factor,
+                    shift,
+                    scale,
+                    owner,
+                    first,
+                    rows_end,
+                    d,
+                    gl.constexpr(0),
+                    FEATURES,
+                    TRANSPOSED,
+                    KAHAN,
+                    FLAGS,
+                    STAGES,
+                ),
+            ),
+            (
+                sum_survivors,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    counts,
+                    out,
+                    lost,
+                    order,
+                    factor,
+                    shift,
+                    scale,
+                    owner,
+                    first,
+                    rows_end,
+                    d,
+                    gl.constexpr(1),
+                    FEATURES,
+                    TRANSPOSED,
+                    KAHAN,
+                    FLAGS,
+                    STAGES,
+                ),
+            ),
+            (
+                copy_survivors,
+                (dz, other, left, right, full, free, places, counts, walked, owner, first, TRANSPOSED, STAGES),
+            ),
         ],
         [4, 4],
         [240, 24],
-    )  # fmt: skip
+    )
 
 
 def launch_tile_product(
-    dz: Tensor, other: Tensor, places: Tensor, counts: Tensor, out: Tensor, lost: Tensor, order: Tensor, factor: Tensor, shift: Tensor,
-    scale: Tensor, flags: tuple[bool, bool, bool], kahan: bool, transposed: bool,
-) -> None:  # fmt: skip
+    dz: Tensor,
+    other: Tensor,
+    places: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    optional: tuple[Tensor, ...],  # lost, order, factor, shift
+    scale: Tensor,
+    flags: tuple[bool, bool, bool],
+    kahan: bool,
+    transposed: bool,
+) -> None:
     """As tile_filter.tile_product_kernel with 128 x 128 tiles and a low-precision sum."""
     d = other.shape[1]
     features = 128 if kahan else 256
     hopper_tile_product_kernel[(counts.shape[0], (d + features - 1) // features)](
-        describe(dz, 64, 64), describe(other, 64, features), places, counts, out, lost, order, factor, shift, scale,
-        dz.shape[1 if transposed else 0], d, places.shape[1], FEATURES=features, TRANSPOSED=transposed, KAHAN=kahan, FLAGS=flags,
-        STAGES=4, num_warps=4,
-    )  # fmt: skip
+        describe(dz, 64, 64),
+        describe(other, 64, features),
+        places,
+        counts,
+        out,
+        *optional,
+        scale,
+        dz.shape[1 if transposed else 0],
+        d,
+        places.shape[1],
+        FEATURES=features,
+        TRANSPOSED=transposed,
+        KAHAN=kahan,
+        FLAGS=flags,
+        STAGES=4,
+        num_warps=4,
+    )

@@ -1,4 +1,5 @@
-"""Launch configurations per architecture as frozen data. CCE_AUTOTUNE=1 searches the neighbourhood and prints what it finds.
+"""Launch configurations per architecture as frozen data. CCE_AUTOTUNE=1 searches the neighbourhood and prints what it
+finds.
 
 Nothing here depends on the number of tokens: a token's loss must not depend on what shares its batch.
 """
@@ -36,11 +37,12 @@ class Config:
         return (self.m, self.n, self.k) == (128, 256, 64)
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} warps={self.warps} stages={self.stages} group={self.group} flatten={self.flatten}"
+        tile = f"{self.m}x{self.n}x{self.k}"
+        return f"{tile} warps={self.warps} stages={self.stages} group={self.group} flatten={self.flatten}"
 
 
-# pass -> architecture -> bytes of an operand -> config. "sm_80" stands for everything without a bulk copy engine and fits in 99 KB of
-# shared memory; four-byte operands are fp32.
+# pass -> architecture -> bytes of an operand -> config. "sm_80" stands for everything without a bulk copy engine and
+# fits in 99 KB of shared memory; four-byte operands are fp32.
 _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
     "forward": {
         "sm_80": {2: Config(128, 128, 32, 8, 4), 4: Config(64, 64, 32, 8, 2)},
@@ -55,7 +57,7 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
@@ -89,22 +91,28 @@ def descriptor_fits(x: Tensor) -> bool:
     return big_enough and aligned and x.stride(1) == 1 and x.numel() > 0 and x.stride(0) >= x.shape[1]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gluon() -> bool:
-    """Whether this Triton has the Gluon dialect that hopper.py is written in (experimental: 3.6 is what it was tested with)."""
+    """Whether this Triton has the Gluon dialect that hopper.py is written in (experimental: 3.6 is what it was tested
+    with).
+    """
     import triton
 
     return triton.__version__.startswith("3.6.")
 
 
 def hopper_fits(x: Tensor, tile_fits: bool) -> bool:
-    """Whether the warp-specialised kernels take a launch: a Hopper device, 16-bit operands, and the tile they are made for."""
+    """Whether the warp-specialised kernels take a launch: a Hopper device, 16-bit operands, and the tile they are made
+    for.
+    """
     on_hopper = x.device.type == "cuda" and architecture(x.device) == "sm_90"
     return tile_fits and on_hopper and x.element_size() == 2 and _gluon()
 
 
 def tuned(kernel: str, x: Tensor, run: Callable[[Config], Any]) -> Config:
-    """The config to use: the pinned one, or under CCE_AUTOTUNE=1 the fastest neighbour, found once a shape and printed."""
+    """The config to use: the pinned one, or under CCE_AUTOTUNE=1 the fastest neighbour, found once a shape and
+    printed.
+    """
     config = config_for(kernel, x)
     if os.environ.get("CCE_AUTOTUNE") != "1" or x.device.type != "cuda":
         return config
@@ -137,7 +145,9 @@ def _search(kernel: str, pinned: Config, run: Callable[[Config], Any]) -> Config
     times: dict[Config, float] = {}
     for candidate in _neighbours(pinned):
         try:
-            times[candidate] = triton.testing.do_bench(lambda: run(candidate), warmup=20, rep=60, return_mode="median")
+            times[candidate] = triton.testing.do_bench(
+                functools.partial(run, candidate), warmup=20, rep=60, return_mode="median"
+            )
         except Exception as reason:  # out of shared memory or registers on this device
             print(f"cce-precision autotune {kernel}: {candidate}: {type(reason).__name__}", file=sys.stderr)
     best = min(times, key=lambda c: times[c])

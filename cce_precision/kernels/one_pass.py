@@ -1,12 +1,14 @@
-"""Loss and gradients with three products instead of four, where every token's upstream gradient is the same (mean or sum reduction).
+"""Loss and gradients with three products instead of four, where every token's upstream gradient is the same (mean or
+sum reduction).
 
-By chunks of tokens: one logits product writes the powers A_ij = exp(z_ij - r_i) in bf16 over the whole vocabulary, the target's
-entry 0, with the target's logit as the reference r_i. The row sum of A is then the odds against the target: nll = log1p of it, and
-P_ij = A_ij exp(r_i - lse_i) is known once the row is complete. So dE_i = exp(r_i - lse_i) (A C)_i and dC += A^T E' with rows
-e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are added in fp32. Gradients leave in fp32, unrounded.
+By chunks of tokens: one logits product writes the powers A_ij = exp(z_ij - r_i) in bf16 over the whole vocabulary, the
+target's entry 0, with the target's logit as the reference r_i. The row sum of A is then the odds against the target:
+nll = log1p of it, and P_ij = A_ij exp(r_i - lse_i) is known once the row is complete. So dE_i = exp(r_i - lse_i) (A
+C)_i and dC += A^T E' with rows e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are added in fp32.
+Gradients leave in fp32, unrounded.
 
-A row block in which a power came near to overflow is computed again from the row maximum, on the device: right for any logits.
-Memory: fp32 sums of dC and one chunk's powers. bf16 alone, whose range is that of fp32.
+A row block in which a power came near to overflow is computed again from the row maximum, on the device: right for any
+logits. Memory: fp32 sums of dC and one chunk's powers. bf16 alone, whose range is that of fp32.
 """
 
 from __future__ import annotations
@@ -190,7 +192,8 @@ def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, pow
 
 
 def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The heads, and the gradients of sum_i nll_i that plan.one_pass asks for (of e, c; a bias never comes here), in fp32.
+    """The heads, and the gradients of sum_i nll_i that plan.one_pass asks for (of e, c; a bias never comes here), in
+    fp32.
 
     Requires `tokens_a_chunk` not None. No host synchronisation.
     """

@@ -1,4 +1,6 @@
-"""Device functions shared by the kernels. Each carries its mathematical name; base 2 inside, natural logarithms outside."""
+"""Device functions shared by the kernels. Each carries its mathematical name; base 2 inside, natural logarithms
+outside.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def multiply_add(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """x (fp32) rounded to nearest even. The interpreter truncates to bf16, so there the bits are rounded beforehand."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
         return tl.where(x == x, nearest, x).to(DTYPE)
@@ -75,7 +77,9 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 to a few ulp for x <= 0: a Taylor polynomial down to -1/2 (truncation < 2^-26 relative), else the difference."""
+    """exp(x) - 1 to a few ulp for x <= 0: a Taylor polynomial down to -1/2 (truncation < 2^-26 relative), else the
+    difference.
+    """
     series = 1.0 + x * (1.0 / 8) * (1.0 + x * (1.0 / 9))
     series = 1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * series)
     series = 1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * (1.0 + x * (1.0 / 4) * (1.0 + x * (1.0 / 5) * series)))

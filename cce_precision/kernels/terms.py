@@ -21,7 +21,8 @@ class RowTerms:
 
     targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
     terms: Tensor  # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, 1 - P_t
-    label: Tensor  # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
+    # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
+    label: Tensor
     scale: Tensor  # 0-dim: what the sums are multiplied by at the end, the power of two over the temperature
     entropy: bool  # whether kappa matters
     smooth_inside: bool  # whether -sigma w belongs into x (with a softcap)
@@ -88,7 +89,9 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
 
 @dataclass(frozen=True)
 class TokensByTarget:
-    """The tokens sorted by target, so that the target's terms of one column are one segment, in the order of the tokens."""
+    """The tokens sorted by target, so that the target's terms of one column are one segment, in the order of the
+    tokens.
+    """
 
     tokens: Tensor  # (N,) int64
     starts: Tensor  # (V + 1,) int32 segment of column j is [starts[j], starts[j + 1])

@@ -1,8 +1,10 @@
-"""Products over the surviving tiles of dZ, summed as `Accumulation` says. Deterministic: one program owns its output tile.
+"""Products over the surviving tiles of dZ, summed as `Accumulation` says. Deterministic: one program owns its output
+tile.
 
-The tile filter skips a tile of dZ where every |P - onehot| stays below eps (Wijmans et al., arXiv 2411.09009). dz.py decides with the
-final lse; here each row block (for dE) or column tile (for dC) walks its survivors in order. So a read-modify-write in the input
-dtype, or a compensated pair of it, happens in registers with the very roundings that the record names.
+The tile filter skips a tile of dZ where every |P - onehot| stays below eps (Wijmans et al., arXiv 2411.09009). dz.py
+decides with the final lse; here each row block (for dE) or column tile (for dC) walks its survivors in order. So a
+read-modify-write in the input dtype, or a compensated pair of it, happens in registers with the very roundings that the
+record names.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def survivors_kernel(
 
 
 def survivors(alive: Tensor) -> tuple[Tensor, Tensor]:
-    """(places, counts): for each row of alive (owners, walked), the places of its ones in rising order, and how many."""
+    """(places, counts): for each row of alive (owners, walked), the places of its ones in rising order, and how
+    many.
+    """
     owners, walked = alive.shape
     places = torch.empty((owners, walked), dtype=torch.int32, device=alive.device)
     counts = torch.empty(owners, dtype=torch.int32, device=alive.device)
@@ -51,7 +55,9 @@ def survivors(alive: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def add_contribution(total, lost, value, scale, MODE: tl.constexpr, DTYPE: tl.constexpr):
-    """One contribution (fp32, unscaled) into the running sum, in the roundings of MODE (0 fp32, 1 input dtype, 2 Kahan pair)."""
+    """One contribution (fp32, unscaled) into the running sum, in the roundings of MODE (0 fp32, 1 input dtype, 2 Kahan
+    pair).
+    """
     if MODE == 0:
         return total + value, lost
     elif MODE == 1:
@@ -155,15 +161,14 @@ def tile_product(
     d = other.shape[1]
     places, counts = survivors(alive.T if transposed else alive)
     tm, tn = tile
-    unused = places
-    optional = [unused if x is None else x for x in (lost, order, factor, shift)]
+    optional = tuple(places if x is None else x for x in (lost, order, factor, shift))  # any tensor where unused
     flags = (order is not None, shift is not None, factor is not None)
     tma = descriptor_fits(dz) and descriptor_fits(other)
     if tma and accum is not Accumulation.FP32 and hopper_fits(dz, tile == (128, 128)):
         from .hopper_tiles import launch_tile_product
 
         kahan = accum is Accumulation.KAHAN
-        launch_tile_product(dz, other, places, counts, out, *optional, scale, flags, kahan, transposed)
+        launch_tile_product(dz, other, places, counts, out, optional, scale, flags, kahan, transposed)
         return
     most = 64 if accum is Accumulation.KAHAN or dz.dtype is torch.float32 else 128  # what registers hold without spills
     features = min(most, max(16, triton.next_power_of_2(d)))
