@@ -153,7 +153,7 @@ class _Tiled:
         p_t = (-s.nll).exp(p)
         x = (f.rest * p_t).rounded(p) - (f.nll * s.complement).rounded(p)
         if f.entropy is not None:
-            spread = (s.entropy - s.nll).rounded(p)
+            spread = (s.entropy - Computed(s.nll.value.clamp(max=-NEGLIGIBLE), s.nll.error)).rounded(p)
             x = x.rounded(p) - (f.entropy * p_t * spread).rounded(p, 2)
         return x.rounded(p)
 

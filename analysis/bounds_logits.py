@@ -83,6 +83,7 @@ def _capped(y: Computed, softcap: float, p: Precision, stored: torch.dtype) -> t
     ratio = Computed(x, y.error / softcap).rounded(p, 3)
     if stored != p.dtype:
         ratio = ratio.stored(stored)
+    ratio = _certain(ratio)
     t = torch.tanh(x)
     slope = 1 / torch.cosh(x.clamp(-350, 350)) ** 2
     steepest = (slope + 0.77 * ratio.error).clamp(max=1.0)  # |tanh''| <= 4 / (3 sqrt 3)

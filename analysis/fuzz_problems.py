@@ -38,6 +38,7 @@ PATTERNS = (
     "hot",  # one logit of one token stands out
     "straddle",  # P within an ulp or so of eps
     "offset",  # a common offset on all logits of a token
+    "masked",  # a bias of -inf on some columns
     "exact",  # multiples of 1/8 of at most 4: products and sums are exact in fp32
 )
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -146,8 +147,10 @@ def sensible(k: Knobs) -> Knobs:
         changes["ignore_index"] = -100
     if k.class_weight and k.reduction == "mean":
         changes["z_loss"] = False  # its mean would have another denominator
-    if k.pattern == "straddle" and k.bias is None:
+    if k.pattern in ("straddle", "masked") and k.bias is None:
         changes["bias"] = "fp32"
+    if k.pattern == "masked" and k.softcap is None:
+        changes["label_smoothing"] = 0.0  # the smoothed loss of a masked class is infinite
     if k.bias == "fp32" and k.e_dtype == "fp64":
         changes["bias"] = "same"
     if k.pattern == "huge":
@@ -240,6 +243,10 @@ def _operands(k: Knobs, dtypes: tuple[torch.dtype, torch.dtype], eps: float, g: 
         bias[0] = 0.0
     elif pattern == "offset":
         e[:, 0], c[:, 0] = 30.0, 32.0
+    elif pattern == "masked":
+        bias[torch.rand(k.v, generator=g) < 0.3] = -torch.inf
+        bias[targets] = 0.0
+        bias[(targets + 1) % k.v] = 1.0  # in place of a target that is the ignored index
     elif pattern == "exact":
         e, c = ((x * 8).round().clamp(-32, 32) / 8 for x in (e, c))
         bias = (bias * 8).round().clamp(-32, 32) / 8

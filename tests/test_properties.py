@@ -17,7 +17,7 @@ from cce_precision import LinearCrossEntropy, linear_cross_entropy
 from cce_precision.analysis.bounds import bound
 from cce_precision.analysis.fuzz import campaign, compare, judge, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build
-from cce_precision.analysis.references import Quantities, truth
+from cce_precision.analysis.references import Objective, Quantities, truth
 from cce_precision.eager.backward import Backward
 from tests.strategies import EAGER, TILED, knobs
 
@@ -462,6 +462,29 @@ def test_value_is_that_of_pytorch(k: Knobs) -> None:
     rounding = torch.finfo(torch.float64).eps * v * (1 + logits.abs().max()) * (1 + exact.value.abs())
     assert compare(expected, exact.value, v * (allowed.value + exact.radius.value) + rounding).holds
     assert judge_outputs(call, outputs(call), exact, allowed).holds
+
+
+# Masked classes.
+
+
+@pytest.mark.parametrize("impl", EAGER)
+def test_a_masked_target_costs_infinity_and_spares_the_other_heads(impl: str) -> None:
+    """Found by reading: the entropy's gradient was NaN, 0 times an infinite nll, where the target has a bias of -inf."""
+    call = build(Knobs(n=6, v=9, d=3, impl=impl, e_dtype="fp32", bias="same", ignored="none", filter_eps="auto"))
+    assert call.bias is not None
+    call.bias[call.targets[0]] = -math.inf
+    options = call.options | {"reduction": "none", "return_entropy": True}
+    e = call.e.detach().requires_grad_()
+    result = linear_cross_entropy(e, call.c, call.targets, call.bias, **options)
+    masked = call.targets == call.targets[0]
+    assert result.loss[masked].isinf().all() and result.loss[~masked].isfinite().all()
+    r = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    objective = Objective("sum", nll=0.0, lse=r.double(), entropy=r.double())
+    problem = dataclasses.replace(call.problem, bias=call.bias)
+    exact, allowed = truth(problem, objective), bound(problem, call.plan, objective, seed=call.knobs.seed)
+    (d_e,) = torch.autograd.grad([result.lse, result.entropy], e, [r, r])
+    assert allowed.dE.isfinite().all()
+    assert compare(d_e, exact.dE, allowed.dE + exact.radius.dE).holds
 
 
 # The campaign.

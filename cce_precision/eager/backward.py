@@ -121,7 +121,7 @@ class Backward:
         p_t = torch.exp(-nll)
         x = (f.alpha[index] - f.beta[index]) * p_t - f.beta[index] * self.complement[index]
         if f.kappa is not None:
-            x -= f.kappa[index] * p_t * (self.heads.entropy[index] - nll)
+            x -= f.kappa[index] * p_t * (self.heads.entropy[index] - nll.clamp(max=-NEGLIGIBLE))
         return x
 
     def target_slope(self, index: slice | Tensor) -> Tensor | float:
