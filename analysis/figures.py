@@ -1,0 +1,348 @@
+"""Figures of a report as data, made from the tidy table alone; `drawing.py` draws them.
+
+Colour and marker belong to the variant, in every figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+
+from cce_precision.analysis.sweep import DTYPES
+from cce_precision.numerics import auto_eps
+from cce_precision.variants import ALL
+
+__all__ = ["Figure", "Level", "Panel", "Series", "View", "at_default", "figures", "mark", "power", "stage_figure"]
+
+FLOOR = "floor: the exact value rounded"
+
+
+class Mark(NamedTuple):
+    """A colour that is readable on white, and a marker in plotly's and matplotlib's words.
+
+    Colours alone do not tell all variants apart for everybody's eyes; colour and marker together do.
+    """
+
+    colour: str
+    plotly: str = "circle"
+    matplotlib: str = "o"
+
+
+MARKS = {
+    "baseline": Mark("#111111", "x", "X"),
+    "torch_compile": Mark("#6e7781", "cross", "P"),
+    "cce": Mark("#d55e00", "circle", "o"),
+    "cce_no_filter": Mark("#8c510a", "square", "s"),
+    "cce_kahan": Mark("#e69f00", "triangle-up", "^"),
+    "cce_kahan_full_c": Mark("#b07400", "triangle-down", "v"),
+    "cce_kahan_full_e": Mark("#dca54c", "triangle-left", "<"),
+    "cce_exact": Mark("#0072b2", "square", "s"),
+    "cce_split": Mark("#2b9fd9", "diamond", "D"),
+    "cce_sparse": Mark("#009e73", "pentagon", "p"),
+    "cce_unbiased": Mark("#c0407f", "star", "*"),
+    "cce_subsampled": Mark("#6a3d9a", "hexagon", "h"),
+    "initial": Mark("#56b4e9", "circle", "o"),
+    "early": Mark("#e69f00", "square", "s"),
+    "trained": Mark("#0072b2", "diamond", "D"),
+    FLOOR: Mark("#57606a"),
+}
+_SPARE = ("#117733", "#882255", "#44aa99", "#999933", "#332288", "#aa4499")
+
+
+def mark(name: str) -> Mark:
+    """The mark of a variant or stage; a name not known here gets the same spare colour every time."""
+    return MARKS.get(name) or Mark(_SPARE[sum(name.encode()) % len(_SPARE)])
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; `notes` are shown on hover, one a point."""
+
+    name: str
+    x: tuple[float | str, ...]
+    y: tuple[float | str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line across the panel: a variant without a threshold, or the floor."""
+
+    name: str
+    y: float
+    dash: str = "dot"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes and what stands in them. `ticks`: values of x with their labels; none: chosen by the renderer."""
+
+    title: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    levels: tuple[Level, ...] = ()
+    log_x: bool = True
+    log_y: bool = True
+    ticks: tuple[tuple[float, str], ...] = ()
+    guides: tuple[tuple[float, str], ...] = ()  # horizontal guides: (y, label)
+    categories: tuple[str, ...] = ()  # names on the y axis, from top to bottom
+    named: bool = False  # whether curves are named at their right ends, as levels always are
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels side by side (stacked where the page is narrow), with a heading and a caption."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+
+    def __bool__(self) -> bool:
+        return any(p.series or p.levels for p in self.panels)
+
+
+class View(NamedTuple):
+    """What one page of figures is about."""
+
+    case: str
+    stage: str
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.case, self.stage, self.dtype)))
+
+    @property
+    def slug(self) -> str:
+        return "-".join("".join(c if c.isalnum() else "-" for c in part) for part in self if part)
+
+
+def power(eps: float) -> str:
+    """2^-12 for 2**-12, otherwise a short decimal."""
+    exponent = math.log2(eps) if eps > 0 else math.nan
+    return f"2^{exponent:.0f}" if exponent == round(exponent, 9) and exponent.is_integer() else f"{eps:.3g}"
+
+
+# -- from the table to figures -----------------------------------------------------------------------------------------
+
+
+def of_view(table: pd.DataFrame, view: View) -> pd.DataFrame:
+    return table[(table["case"] == view.case) & (table["stage"] == view.stage) & (table["dtype"] == view.dtype)]
+
+
+def _order(names: Iterable[str]) -> list[str]:
+    known = list(MARKS)
+    return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def metric(rows: pd.DataFrame, quantity: str, name: str) -> pd.DataFrame:
+    """(variant, eps, value) of one metric, thresholds falling; eps is NaN where a variant has no threshold."""
+    found = rows[(rows["quantity"] == quantity) & (rows["metric"] == name)]
+    mean = found.groupby(["variant", "eps"], dropna=False, as_index=False)["value"].mean()
+    return mean.sort_values(["variant", "eps"])
+
+
+def _curves(rows: pd.DataFrame, quantity: str, name: str, unit: str = "") -> list[Series]:
+    """One series a filtered variant: the metric against eps."""
+    data = metric(rows, quantity, name).dropna(subset=["eps"])
+    series = []
+    for variant in _order(data["variant"]):
+        one = data[data["variant"] == variant]
+        notes = tuple(f"{power(e)}: {v:.3g}{unit}" for e, v in zip(one["eps"], one["value"], strict=True))
+        series.append(Series(variant, tuple(one["eps"]), tuple(one["value"]), notes))
+    return series
+
+
+def _levels(rows: pd.DataFrame, quantity: str, name: str) -> list[Level]:
+    data = metric(rows, quantity, name)
+    flat = data[data["eps"].isna()].set_index("variant")["value"]
+    levels = [Level(v, float(flat[v]), "solid" if v == "baseline" else "dot") for v in _order(flat.index)]
+    floor = metric(rows, quantity, "floor")["value"]
+    return levels + ([Level(FLOOR, float(floor.iloc[0]), "dash")] if len(floor) else [])
+
+
+def _eps_ticks(rows: pd.DataFrame) -> tuple[tuple[float, str], ...]:
+    values = sorted(rows["eps"].dropna().unique())
+    step = 2 if len(values) > 7 else 1
+    return tuple((float(v), power(v)) for v in values[::-step][::-1])
+
+
+def error_against_threshold(rows: pd.DataFrame, view: View) -> Figure:
+    panels = tuple(
+        Panel(
+            f"error of {q}",
+            "filter threshold eps",
+            "relative error (norm)",
+            tuple(_curves(rows, q, "rel")),
+            tuple(_levels(rows, q, "rel")),
+            ticks=_eps_ticks(rows),
+            named=True,
+        )
+        for q in ("dE", "dC")
+    )
+    return Figure(
+        "error",
+        "Error against threshold",
+        "Normwise relative error of each gradient against fp64. Horizontal lines are variants without a threshold; "
+        "the dashed one is the floor, the error of the exact gradient rounded once to the dtype of the result: nothing "
+        "stored in that dtype does better.",
+        panels,
+    )
+
+
+def row_quantiles(rows: pd.DataFrame, view: View) -> Figure:
+    """Quantiles over rows, at each variant's threshold nearest the default."""
+    chosen = at_default(rows)
+    panels = []
+    for quantity in ("dE", "dC"):
+        some = chosen[chosen["quantity"] == quantity]
+        wide = some.pivot_table(index="variant", columns="metric", values="value", observed=True)
+        names = [f"row_{q}" for q in ("q50", "q90", "q99", "max") if f"row_{q}" in wide]
+        order = _order(wide.index)
+        series = tuple(
+            Series(
+                v,
+                tuple(float(wide.loc[v, n]) for n in names),
+                (v,) * len(names),
+                tuple(f"{n.removeprefix('row_')}: {wide.loc[v, n]:.3g}" for n in names),
+            )
+            for v in order
+        )
+        title = f"rows of {quantity}: 50 %, 90 %, 99 %, worst"
+        panels.append(Panel(title, "relative error of a row", "", series, log_y=False, categories=tuple(order)))
+    eps = chosen["eps"].dropna()
+    where = f" at eps = {power(float(eps.iloc[0]))}" if len(eps) else ""
+    return Figure(
+        "rows",
+        "Error of single rows",
+        "The points of a line are the median, the 90 % and 99 % quantiles and the worst of the rows' own relative "
+        f"errors{where}. "
+        "An error of 1 is an empty row: a token or a word that this step does not train.",
+        tuple(panels),
+    )
+
+
+def _filters(name: str, quantity: str) -> bool:
+    """Whether a variant filters this gradient, as far as its record is known."""
+    variant = ALL.get(name)
+    return variant is None or bool(variant.filter_e if quantity == "dE" else variant.filter_c)
+
+
+def _counts(name: str, quantity: str) -> bool:
+    """Whether the entries that were counted, those of dE, are also what this gradient is made of."""
+    variant = ALL.get(name)
+    return variant is None or (_filters(name, quantity) and (quantity == "dE" or variant.filter_e == variant.filter_c))
+
+
+def _drops(name: str) -> bool:
+    """Whether what a variant's filter takes away is lost; sampling gives it to others."""
+    return name not in ALL or not ALL[name].random
+
+
+def error_against_kept(rows: pd.DataFrame, view: View) -> Figure:
+    panels = []
+    for quantity in ("dE", "dC"):
+        hits = metric(rows, "filter", "hits").rename(columns={"value": "hits"})
+        both = metric(rows, quantity, "rel").merge(hits, on=["variant", "eps"]).dropna(subset=["eps"])
+        both = both[(both["hits"] > 0) & both["variant"].map(lambda name, side=quantity: _counts(name, side))]
+        series = tuple(
+            Series(
+                v,
+                tuple(one["hits"]),
+                tuple(one["value"]),
+                tuple(
+                    f"eps {power(e)}: {h:.0f} a row, {x:.3g}"
+                    for e, h, x in zip(one["eps"], one["hits"], one["value"], strict=True)
+                ),
+            )
+            for v in _order(both["variant"])
+            for one in [both[both["variant"] == v].sort_values("hits")]
+        )
+        levels = tuple(level for level in _levels(rows, quantity, "rel") if level.name in (FLOOR, "baseline"))
+        panels.append(
+            Panel(f"error of {quantity}", "kept entries a row (mean)", "relative error (norm)", series, levels)
+        )
+    return Figure(
+        "kept",
+        "Error against kept entries",
+        "What the same number of kept softmax entries buys: dropping is coherent (the lost mass always points the same "
+        "way), sampling without bias is not.",
+        tuple(panels),
+    )
+
+
+def dropped(rows: pd.DataFrame, view: View) -> Figure:
+    def panel(quantity: str, name: str, title: str, y: str) -> Panel:
+        curves = _curves(rows, quantity, name)
+        side = "dC" if quantity == "dC" else "dE"
+        series = tuple(s for s in curves if _filters(s.name, side) and (side == "dC" or _drops(s.name)))
+        return Panel(title, "filter threshold eps", y, series, log_y=False, ticks=_eps_ticks(rows), named=True)
+
+    return Figure(
+        "dropped",
+        "What the filter dropped",
+        "Left: softmax mass that dE no longer sees, mean over tokens (sampling loses none on average). Right: "
+        "rows of dC left entirely zero although the exact row is not: words whose embedding this step does not touch.",
+        (
+            panel("filter", "dropped_mass", "dropped mass", "share of the softmax"),
+            panel("dC", "empty_rows", "empty rows of dC", "share of the vocabulary"),
+        ),
+    )
+
+
+FIGURES: tuple[Callable[[pd.DataFrame, View], Figure], ...] = (
+    error_against_threshold,
+    row_quantiles,
+    error_against_kept,
+    dropped,
+)
+
+
+def figures(table: pd.DataFrame, view: View) -> list[Figure]:
+    """All figures of one view that have data."""
+    rows = of_view(table, view)
+    return [figure for make in FIGURES if (figure := make(rows, view))]
+
+
+def at_default(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of variants without a threshold, and of the others at the one threshold nearest their dtype's default."""
+    eps = rows["eps"].dropna().unique()
+    if not len(eps):
+        return rows
+    parts = []
+    for dtype, some in rows.groupby("dtype", sort=False):
+        default = auto_eps(DTYPES[str(dtype)])
+        nearest = min(eps, key=lambda e: (abs(math.log2(e / default)), e))
+        parts.append(some[some["eps"].isna() | (some["eps"] == nearest)])
+    return pd.concat(parts)
+
+
+def stage_figure(table: pd.DataFrame, case: str) -> Figure:
+    """Rank-probability curves of a case's stages, from the rows of quantity `softmax`."""
+    rows = table[(table["case"] == case) & (table["quantity"] == "softmax") & table["metric"].str.startswith("rank:")]
+    series = []
+    for stage in _order(rows["stage"]):
+        one = rows[rows["stage"] == stage].drop_duplicates("metric")
+        points = sorted((int(m.split(":")[1]), float(v)) for m, v in zip(one["metric"], one["value"], strict=True))
+        notes = tuple(f"rank {r:,}: {p:.3g}" for r, p in points)
+        series.append(Series(stage or case, tuple(r for r, _ in points), tuple(p for _, p in points), notes))
+    panel = Panel(
+        "sorted softmax, mean over tokens",
+        "rank of the entry in its row",
+        "probability",
+        tuple(series),
+        guides=((2.0**-12, "2^-12, the default eps for bf16"), (2.0**-15, "2^-15, for fp16")),
+        named=True,
+    )
+    return Figure(
+        "ranks",
+        "How fast the softmax falls",
+        "The k-th largest probability of a row, mean over tokens. A filter drops what lies below its threshold's line.",
+        (panel,),
+    )
