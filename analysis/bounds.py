@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows, plain_gradients, tiled_gradients
-from cce_precision.analysis.bounds_logits import Blocks, plain_softmax, tiled_softmax
-from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, MACHINES, Computed, Machine, Precision
+from cce_precision.analysis.bounds_logits import Blocks, plain_softmax, precision, tiled_softmax
+from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, INTERPRETER, MACHINES, Computed, Machine
 from cce_precision.analysis.references import Objective, Quantities
 from cce_precision.eager.tiles import block_shape, target_positions, vocabulary_order
 from cce_precision.numerics import Path
 from cce_precision.problem import Plan, Problem
 
-__all__ = ["AMPERE", "CPU", "HOPPER", "INFLATION", "MACHINES", "Call", "Machine", "bound"]
+__all__ = ["AMPERE", "CPU", "HOPPER", "INFLATION", "INTERPRETER", "MACHINES", "Call", "Machine", "bound"]
 
 INFLATION = 1 + 1e-4  # for the rounding of the bounds themselves
+KERNEL_TILE = 64  # least columns that a kernel adds up before it rescales
 KEPT = 2**23  # logits up to which a softmax is kept between the forward and the backward bounds
 
 
@@ -43,7 +44,7 @@ class Call:
     def __init__(self, problem: Problem, plan: Plan, objective: Objective, machine: Machine) -> None:
         self.problem, self.plan, self.objective, self.machine = problem, plan, objective, machine
         self.variant, self.tiled = plan.variant, plan.variant.path is Path.TILED
-        self.p = Precision(problem.compute_dtype, machine.ulps)
+        self.p = precision(problem, machine)
         self.valid = (problem.targets >= 0).nonzero()[:, 0]
         self.order = vocabulary_order(problem, self.variant, self.valid) if self.tiled else None
         self.ids = torch.arange(problem.v, device=problem.e.device) if self.order is None else self.order
@@ -55,6 +56,8 @@ class Call:
         if not self.variant.tile_ordered:
             self.height = max(1, min(len(self.valid), KEPT // problem.v))
         _, width = block_shape(problem, plan, by_tile=False)
+        if machine is not CPU:
+            width = min(width, KERNEL_TILE)
         self.blocks = Blocks(min(width, problem.v), -(-problem.v // width))
         self._kept: list[Rows] = []
 
@@ -200,7 +203,7 @@ def bound(
     objective: Objective | None = None,
     *,
     seed: int = 0,
-    machine: Machine = CPU,
+    machine: Machine | str = CPU,
     gradients: bool = True,
 ) -> Quantities:
     """Elementwise bounds of the error of a call: every entry computed by `plan` is within its bound of the exact one.
@@ -212,13 +215,14 @@ def bound(
         dtype, or
             products that the caller's program rounds once each. The mean nll by default.
         seed: of the random filters: their draws are known, so the bound is that of this one run.
-        machine: how products, sums and elementary functions round.
+        machine: how products, sums and elementary functions round; a record or its name in `MACHINES`.
         gradients: False leaves dE, dC and dbias empty.
 
     Returns fp64 tensors on the device of e; 0 in ignored tokens; inf where nothing can be said (an overflow, or
     logits so large that their rounding swamps the softmax). Memory: some 20 fp64 copies of one block of logits, of at
     most 2^23 entries.
     """
+    machine = MACHINES[machine] if isinstance(machine, str) else machine
     call = Call(problem, plan, Objective() if objective is None else objective, machine)
     call.forward()
     losses = call.losses()

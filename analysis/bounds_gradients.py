@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax
+from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
 from cce_precision.analysis.bounds_model import Computed, Machine, Precision, half_ulp
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
@@ -131,7 +131,7 @@ class _Tiled:
             ids,
             width,
         )
-        self.p = Precision(problem.compute_dtype, machine.ulps)
+        self.p = precision(problem, machine)
         self.seed, self.weight = seed, Computed.exact(weight)
         self.S = factors.late_scale()
         self.factors = factors.divided(self.S)
@@ -416,7 +416,7 @@ def plain_gradients(
     weight: Tensor,
 ) -> GradientBounds:
     """Bounds for PyTorch's autograd of `eager/plain.py`. No late scaling: dZ is rounded as it comes."""
-    p = Precision(problem.compute_dtype, machine.ulps)
+    p = precision(problem, machine)
     stored, (v, d) = problem.operand_dtype, c.shape
     value, error, absolute = (torch.zeros_like(c) for _ in range(3))
     bias = [torch.zeros(v, dtype=torch.float64, device=c.device) for _ in range(3)]

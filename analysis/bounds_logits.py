@@ -55,7 +55,7 @@ class Softmax:
 
 
 def precision(problem: Problem, machine: Machine) -> Precision:
-    return Precision(problem.compute_dtype, machine.ulps)
+    return Precision(problem.compute_dtype, machine.ulps, machine.roundings)
 
 
 def _certain(x: Computed) -> Computed:
@@ -237,12 +237,13 @@ def tiled_softmax(
     rest = torch.where(x.rest_sum > 0, x.rest_max + torch.log(x.rest_sum), 0.0)
     moved = _Exact.moved(x.q, x.delta)
     arithmetic = rho + p.function * log_s
-    arithmetic = arithmetic + half_ulp(rest.abs() + moved + arithmetic, p.dtype)
+    arithmetic = arithmetic + p.roundings * half_ulp(rest.abs() + moved + arithmetic, p.dtype)
     arithmetic = torch.where(x.rest_sum > 0, arithmetic, 0.0)
     # nll = softplus(rest - z_t), which is convex with slope 1 - P_t.
     gap = torch.where((x.rest_sum > 0) & x.z_t.isfinite(), rest - x.z_t, -NOTHING_LEFT)
     moved_gap = moved + arithmetic + x.delta_t
-    moved_gap = moved_gap + half_ulp(gap.abs() + moved_gap, p.dtype)
+    gap_rounding = p.roundings * half_ulp(gap.abs() + moved_gap, p.dtype)
+    moved_gap = moved_gap + gap_rounding
     off = (x.complement * torch.exp(moved_gap.clamp(max=LARGEST_EXPONENT))).clamp(max=1.0) * moved_gap
     # The tail log1p(exp(-|gap|)) of both costs an exp and a log1p; its derivative with respect to |gap| is at most
     # exp(-|gap|).
@@ -251,12 +252,12 @@ def tiled_softmax(
     off = off + functions
     nll = _certain(Computed(x.nll, off + half_ulp(x.nll + off, p.dtype)))
     off = (x.complement * x.growth * torch.exp(arithmetic)).clamp(max=1.0) * arithmetic
-    off = off + functions + half_ulp(gap.abs() + moved_gap, p.dtype) * tail
-    lse_arithmetic = off + half_ulp(x.lse.abs() + off + _Exact.moved(x.p, x.delta), p.dtype)
+    off = off + functions + gap_rounding * tail
+    lse_arithmetic = off + p.roundings * half_ulp(x.lse.abs() + off + _Exact.moved(x.p, x.delta), p.dtype)
     lse = Computed(x.lse, _Exact.moved(x.p, x.delta) + lse_arithmetic)
 
     tau = x.raw + lse.error[:, None]
-    tau = tau + p.u * (x.log_p.abs() + tau)
+    tau = tau + p.roundings * p.u * (x.log_p.abs() + tau)
     probability = x.probability(tau, p)
     return Softmax(
         z,
@@ -268,7 +269,7 @@ def tiled_softmax(
         nll,
         lse,
         _complement(nll, p),
-        _tiled_entropy(x, p, steps),
+        _tiled_entropy(x, p, steps + 3 * (t - 1)),  # a block adds two products and a sum to A
         _tiled_smooth(x, p, weight, lse_arithmetic, machine, blocks),
     )
 
@@ -283,7 +284,7 @@ def _complement(nll: Computed, p: Precision) -> Computed:
 def _relative(largest: Tensor, weights: Tensor, x: _Exact, p: Precision, steps: int) -> Tensor:
     """(B,) relative error of sum exp(z - largest) with softmax `weights`, for computed logits."""
     distance = torch.where(weights > 0, largest[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
-    rho = p.u * ((weights * distance).sum(1) + steps) + x.z.shape[1] * p.tiny
+    rho = p.u * (p.roundings * (weights * distance).sum(1) + steps) + x.z.shape[1] * p.tiny
     return rho / (1 - rho).clamp(min=2.0**-20)
 
 
@@ -292,8 +293,8 @@ def _tiled_entropy(x: _Exact, p: Precision, steps: int) -> Computed:
     m = x.z.amax(1)
     distance = torch.where(x.p > 0, m[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
     mean = (x.p * distance).sum(1)  # A / total
-    total = _relative(m, x.p, x, p, steps + 8)
-    a = p.u * (x.p * distance**2).sum(1) + 2 * p.u * (steps + 8) * mean + total * mean
+    total = _relative(m, x.p, x, p, steps + 4)
+    a = p.u * (p.roundings * (x.p * distance**2).sum(1) + (steps + 8) * mean) + total * mean
     log_total = x.lse - m + 2 * x.delta.amax(1) + total
     error = x.entropy_moved() + (a + total) * (1 + total) + p.function * log_total
     return Computed(x.entropy, error + 2 * p.u * (x.entropy + error))

@@ -78,10 +78,11 @@ def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tens
 
 @dataclass(frozen=True)
 class Precision:
-    """Unit round-off u, smallest subnormal, and the error of the elementary functions as a multiple of u."""
+    """A floating-point dtype, and how a machine's elementary functions and exponents round in it."""
 
     dtype: torch.dtype
-    ulps: float = 1.0
+    ulps: float = 1.0  # error of the elementary functions, in units in the last place
+    roundings: int = 1  # how often a difference of logits is rounded on its way into or out of an exponential
 
     @property
     def u(self) -> float:
@@ -109,6 +110,9 @@ class Machine:
 
     name: str
     ulps: float = 1.0  # of exp, expm1, log, log1p and tanh
+    roundings: int = (
+        1  # of a difference of logits: more in base 2, where it is multiplied by a rounded log2(e) or ln(2)
+    )
     block: int = 0
     fraction: int = 0
     cascade: bool = True  # whether sums are those of torch on a CPU (ATen/native/cpu/SumKernel.cpp); else any order
@@ -154,8 +158,8 @@ class Machine:
         """
         if n < 2:
             return 0
-        if not self.cascade:
-            return n - 1
+        if not self.cascade:  # inside tiles of at most 256 terms in any order, and from tile to tile
+            return min(n - 1, 255 + -(-n // 64))
         threads = 64 if n >= 2**15 else 0
 
         def cascade(size: int) -> int:
@@ -174,10 +178,11 @@ class Machine:
         return min(depth + threads, n - 1)
 
 
-CPU = Machine("cpu")
-HOPPER = Machine("hopper", ulps=2.0, block=16, fraction=25, cascade=False)
-AMPERE = Machine("ampere", ulps=2.0, block=8, fraction=24, cascade=False)
-MACHINES = {machine.name: machine for machine in (CPU, HOPPER, AMPERE)}
+CPU = Machine("cpu")  # the eager passes
+INTERPRETER = Machine("interpreter", ulps=4.0, roundings=4, cascade=False)  # the kernels in NumPy
+HOPPER = Machine("hopper", ulps=4.0, roundings=4, block=16, fraction=25, cascade=False)
+AMPERE = Machine("ampere", ulps=4.0, roundings=4, block=8, fraction=24, cascade=False)
+MACHINES = {machine.name: machine for machine in (CPU, INTERPRETER, HOPPER, AMPERE)}
 
 
 @dataclass(frozen=True, eq=False)

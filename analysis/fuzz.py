@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cce_precision import compute_z_loss, linear_cross_entropy
-from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.bounds import CPU, Machine, bound
 from cce_precision.analysis.fuzz_problems import COMPILED, Call, Knobs, build, random_knobs
 from cce_precision.analysis.references import Quantities, Truth, truth
 from cce_precision.variants import ALL
@@ -134,8 +134,8 @@ def _value(call: Call, heads: dict[str, Tensor], flat: dict[str, Tensor]) -> Ten
     return total.reshape(()) + (extra.sum() / count if bool(extra.any()) else 0.0)
 
 
-def judge(k: Knobs, method: str | None = None) -> Verdict:
-    """Runs the call and compares what it gives with the truth.
+def judge(k: Knobs, method: str | None = None, machine: Machine = CPU) -> Verdict:
+    """Runs the call and compares what it gives with the truth, by the bound for `machine`.
 
     `method` of the truth; None: fp64, but balls for small calls in fp64, whose errors an fp64 truth would share.
     """
@@ -144,7 +144,7 @@ def judge(k: Knobs, method: str | None = None) -> Verdict:
         small = call.problem.n * call.problem.v * call.problem.d <= BALLS
         method = "balls" if small and call.problem.compute_dtype is torch.float64 else "fp64"
     exact = truth(call.problem, call.objective, method)
-    allowed = bound(call.problem, call.plan, call.objective, seed=call.knobs.seed)
+    allowed = bound(call.problem, call.plan, call.objective, seed=call.knobs.seed, machine=machine)
     return judge_outputs(call, outputs(call), exact, allowed)
 
 

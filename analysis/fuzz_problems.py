@@ -161,8 +161,8 @@ def sensible(k: Knobs) -> Knobs:
 def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
     """Knobs of the campaign: mostly small shapes and few unusual features at once."""
 
-    def dim(largest: int) -> int:
-        return rng.choice([x for x in EDGES if x <= largest]) if rng.random() < 0.3 else rng.randint(1, 24)
+    def dim(largest: int, usual: int) -> int:
+        return rng.choice([x for x in EDGES if x <= largest]) if rng.random() < 0.3 else rng.randint(1, usual)
 
     def mostly(usual: Any, name: str, share: float) -> Any:
         return rng.choice(CHOICES[name]) if rng.random() < share else usual
@@ -171,8 +171,8 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
     if ALL[impl].path is Path.COMPILED:  # few shapes, because each costs a compilation
         seed, scale, margin = rng.randrange(2**31), rng.choice(CHOICES["scale"]), rng.choice(CHOICES["margin"])
         return dataclasses.replace(rng.choice(COMPILED), seed=seed, scale=scale, margin=margin)
-    n, v = dim(257), dim(257)
-    d = dim(257 if n * v < 2**12 else 17)
+    n, v = dim(257, 24), dim(257, 24)
+    d = dim(257 if n * v < 2**12 else 17, 12)
     return sensible(
         Knobs(
             seed=rng.randrange(2**31),

@@ -469,7 +469,7 @@ def test_value_is_that_of_pytorch(k: Knobs) -> None:
 
 @pytest.mark.parametrize("impl", EAGER)
 def test_a_masked_target_costs_infinity_and_spares_the_other_heads(impl: str) -> None:
-    """Found by reading: the entropy's gradient was NaN, 0 times an infinite nll, where the target has a bias of -inf."""
+    """The entropy's gradient was once NaN, 0 times an infinite nll, where the target has a bias of -inf."""
     call = build(Knobs(n=6, v=9, d=3, impl=impl, e_dtype="fp32", bias="same", ignored="none", filter_eps="auto"))
     assert call.bias is not None
     call.bias[call.targets[0]] = -math.inf
