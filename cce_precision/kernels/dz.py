@@ -6,7 +6,6 @@ AGENTS.md.
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .heads import operand
-from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, precision_of, tuned
+from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, multiprocessors, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
 from .terms import RowTerms
 
@@ -198,11 +197,6 @@ class TileFilter:
         return Config(m, n, 64 if flatten else 32, 8 if m * n >= 8192 else 4, 4, flatten=flatten)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def write_dz(
     problem: Problem,
     e: Tensor,  # (N, D) contiguous, ignored rows 0
@@ -263,13 +257,14 @@ def _launch(
     )
     bits = 0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0]
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
-    if tma and not any(flags[:5]) and not any(flags[6:8]) and hopper_fits(e, made_for):
+    # hopper_dz.py knows bias, label, split, filter and statistics; under a softcap only a label apart.
+    fast = not any(flags[2:5]) and not flags[7] and not (flags[1] and (flags[5] or flags[8] or flags[11]))
+    if tma and fast and hopper_fits(e, made_for):
         from .hopper_dz import launch_dz
 
-        programs = multiprocessors(e.device)
         if alive is not None:
             alive.zero_()
-        launch_dz(e, run.c, dz, terms, outputs, run.start, float(problem.temperature), programs, config.group)
+        launch_dz(problem, e, run, dz, dz_low, terms, outputs, config.group)
         if alive is not None:
             torch.ge(alive, bits, out=alive)
         return

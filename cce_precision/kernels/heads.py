@@ -280,10 +280,10 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
         width = tiles_a_split * config.n
         ones = torch.ones(v, dtype=torch.float32, device=e.device) if weight is None else weight.to(torch.float32)
         split_weight = torch.nn.functional.pad(ones, (0, splits * width - v)).view(splits, width).sum(1)
-    if not any(flags) and tma and hopper_fits(e, config.hopper):
+    if not any(flags[2:]) and tma and hopper_fits(e, config.hopper):
         from .hopper import launch_forward
 
-        launch_forward(e, c, problem.targets, partial, target_logit, tiles_a_split, scale, config.group)
+        launch_forward(problem, partial, target_logit, tiles_a_split, scale, config.group)
     else:
         forward_kernel[(triton.cdiv(n, config.m) * splits,)](
             operand(e, [config.m, config.k], tma),

@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..problem import Problem
+
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows of one consumer
 ROWS = gl.constexpr(128)
@@ -96,12 +98,24 @@ def logits_half(left, right, full, free, count, d, layout: gl.constexpr, WHICH: 
 
 
 @gluon.jit
+def tanh(y):
+    """primitives.tanh."""
+    a = gl.abs(y)
+    y2 = y * y
+    series = -0.053045479973 + y2 * 0.017241460416
+    series = -0.33333143888 + y2 * (0.133258787567 + y2 * series)
+    large = 1.0 - 2.0 / (1.0 + gl.exp2(a * (2 * LOG2E)))
+    return gl.where(a < 0.5, y + y * (y2 * series), gl.where(y < 0, -large, large))
+
+
+@gluon.jit
 def softmax_half(
     left,
     right,
     full,
     free,
     targets,
+    bias,
     partial,
     target_logit,
     block,
@@ -113,6 +127,8 @@ def softmax_half(
     d,
     splits,
     scale,
+    softcap,
+    FLAGS: gl.constexpr,
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -132,6 +148,11 @@ def softmax_half(
         local = target - tile * COLUMNS
         hit = (local >= 0) & (local < COLUMNS)
         columns = gl.arange(0, COLUMNS, by_column)
+        if FLAGS[0]:
+            at = tile * COLUMNS + columns
+            z += gl.load(bias + at, mask=at < v, other=0.0).to(gl.float32)[None, :]
+        if FLAGS[1]:
+            z = softcap * tanh(z / softcap)
         if tile * COLUMNS + COLUMNS > v:
             z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
         if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target
@@ -154,6 +175,7 @@ def hopper_forward_kernel(
     e,  # (N, D) descriptor, tiles (128, 64)
     c,  # (V, D) descriptor, tiles (256, 64)
     targets,  # (N,) int64
+    bias,  # (V,) or unused
     partial,  # (2, splits, N) fp32
     target_logit,  # (N,) fp32
     n,
@@ -162,6 +184,8 @@ def hopper_forward_kernel(
     splits,
     tiles_a_split,
     scale,
+    softcap,
+    FLAGS: gl.constexpr,  # (bias, softcap)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -186,6 +210,7 @@ def hopper_forward_kernel(
                     full,
                     free,
                     targets,
+                    bias,
                     partial,
                     target_logit,
                     block,
@@ -197,6 +222,8 @@ def hopper_forward_kernel(
                     d,
                     splits,
                     scale,
+                    softcap,
+                    FLAGS,
                     gl.constexpr(0),
                     STAGES,
                 ),
@@ -209,6 +236,7 @@ def hopper_forward_kernel(
                     full,
                     free,
                     targets,
+                    bias,
                     partial,
                     target_logit,
                     block,
@@ -220,6 +248,8 @@ def hopper_forward_kernel(
                     d,
                     splits,
                     scale,
+                    softcap,
+                    FLAGS,
                     gl.constexpr(1),
                     STAGES,
                 ),
@@ -242,29 +272,25 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def launch_forward(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    partial: Tensor,
-    target_logit: Tensor,
-    tiles_a_split: int,
-    scale: float,
-    group: int,
+    problem: Problem, partial: Tensor, target_logit: Tensor, tiles_a_split: int, scale: float, group: int
 ) -> None:
     """Fills partial (2, splits, N) and target_logit (N,) as heads.forward_kernel does."""
     splits, n = partial.shape[1:]
     hopper_forward_kernel[((n + 127) // 128 * splits,)](
-        describe(e, 128, 64),
-        describe(c, 256, 64),
-        targets,
+        describe(problem.e, 128, 64),
+        describe(problem.c, 256, 64),
+        problem.targets,
+        partial if problem.bias is None else problem.bias,
         partial,
         target_logit,
         n,
-        c.shape[0],
-        e.shape[1],
+        problem.v,
+        problem.d,
         splits,
         tiles_a_split,
         scale,
+        float(problem.softcap or 1.0),
+        FLAGS=(problem.bias is not None, problem.softcap is not None),
         GROUP=group,
         STAGES=4,
         num_warps=4,

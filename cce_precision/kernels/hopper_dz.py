@@ -9,11 +9,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .hopper import COLUMNS, DEPTH, HALF, LOG2E, ROWS, copy_tiles, describe, logits_half, place_of
+from ..problem import Problem
+from .hopper import COLUMNS, DEPTH, HALF, LOG2E, ROWS, copy_tiles, describe, logits_half, place_of, tanh
+from .launch import multiprocessors
 from .terms import RowTerms
 
 if TYPE_CHECKING:
-    from .dz import Outputs
+    from .dz import Outputs, Run
+
+
+@gluon.jit
+def store_half(out, dz, value, block, tile, WHICH: gl.constexpr):
+    """One consumer's half tile through its shared buffer, once the copy before has left it."""
+    tma.store_wait(0)
+    gl.thread_barrier()
+    out.index(WHICH).store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(dz, [block * ROWS + WHICH * HALF, tile * COLUMNS], out.index(WHICH))
 
 
 @gluon.jit
@@ -24,9 +37,11 @@ def dz_half(
     free,
     out,
     dz,
+    dz_low,
     targets,
     rows_terms,
     label,
+    bias,
     row_stats,
     chosen,
     alive,
@@ -37,10 +52,8 @@ def dz_half(
     blocks,
     tiles,
     temperature,
-    LABEL: gl.constexpr,
-    STATS: gl.constexpr,
-    CHOSEN: gl.constexpr,
-    FILTER: gl.constexpr,
+    softcap,
+    FLAGS: gl.constexpr,
     WHICH: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -51,6 +64,11 @@ def dz_half(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
+    LABEL: gl.constexpr = FLAGS[0]
+    STATS: gl.constexpr = FLAGS[1]
+    CHOSEN: gl.constexpr = FLAGS[2]
+    FILTER: gl.constexpr = FLAGS[3]
+    SOFTCAP: gl.constexpr = FLAGS[5]
     count = 0
     for unit in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
         block, tile = place_of(unit, blocks, tiles, GROUP)
@@ -65,12 +83,19 @@ def dz_half(
         hit = (local >= 0) & (local < COLUMNS)
         some_hit = gl.max(hit.to(gl.int32), 0) > 0  # few tiles hold a target
         columns = gl.arange(0, COLUMNS, by_column)
+        if FLAGS[4]:
+            at = tile * COLUMNS + columns
+            acc += gl.load(bias + at, mask=at < width, other=0.0).to(gl.float32)[None, :]
         if STATS or FILTER:  # noqa: SIM102
             if tile * COLUMNS + COLUMNS > width:
                 acc = gl.where((columns < width - tile * COLUMNS)[None, :], acc, float("-inf"))
         if STATS:
             gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * (tiles + tile) + rows, gl.max(acc, 1), mask=inside)
-        x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E)
+        if SOFTCAP:  # the label stands apart, so the slope may come before the target's entry is set to 0
+            t = tanh(acc / softcap)
+            x = gl.exp2((softcap * t * (1.0 / temperature) - lse[:, None]) * LOG2E) * (1.0 - t * t)
+        else:
+            x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E)
         if some_hit:
             x = gl.where(columns[None, :] == local[:, None], 0.0, x)
         if STATS:
@@ -92,12 +117,9 @@ def dz_half(
                 own = columns[None, :] == local[:, None]
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
         high = x.to(dz.dtype)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        out.index(WHICH).store(high)
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dz, [block * ROWS + WHICH * HALF, tile * COLUMNS], out.index(WHICH))
+        store_half(out, dz, high, block, tile, WHICH)
+        if FLAGS[6]:
+            store_half(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), block, tile, WHICH)
     tma.store_wait(0)
 
 
@@ -106,9 +128,11 @@ def hopper_dz_kernel(
     e,  # (N, D) descriptor, tiles (128, 64)
     c,  # (W, D) descriptor, tiles (256, 64)
     dz,  # (N, W) descriptor, tiles (64, 256)
+    dz_low,  # (N, W) descriptor of what rounding dz lost, or dz again
     targets,  # (N,) int64
     rows_terms,  # (6, N) fp32
     label,  # (N,) fp32
+    bias,  # (W,) or unused
     row_stats,  # (2, column tiles, N) fp32 or unused
     chosen,  # (row blocks + 1,) int32 or unused
     alive,  # (row blocks, tiles of 128 columns) int32 zeros: the largest |P - onehot| as fp32 bits; or unused
@@ -117,10 +141,8 @@ def hopper_dz_kernel(
     d,
     start,
     temperature,
-    LABEL: gl.constexpr,
-    STATS: gl.constexpr,
-    CHOSEN: gl.constexpr,
-    FILTER: gl.constexpr,
+    softcap,
+    FLAGS: gl.constexpr,  # (label, row statistics, chosen row blocks, filter, bias, softcap, split)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -134,7 +156,7 @@ def hopper_dz_kernel(
         mbarrier.init(free.index(i), count=2)
     blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
-    if CHOSEN:
+    if FLAGS[2]:
         blocks = gl.load(chosen)
     first, last, step = gl.program_id(0), blocks * tiles, gl.num_programs(0)
     never = gl.to_tensor(-1)
@@ -149,9 +171,11 @@ def hopper_dz_kernel(
                     free,
                     out,
                     dz,
+                    dz_low,
                     targets,
                     rows_terms,
                     label,
+                    bias,
                     row_stats,
                     chosen,
                     alive,
@@ -162,10 +186,8 @@ def hopper_dz_kernel(
                     blocks,
                     tiles,
                     temperature,
-                    LABEL,
-                    STATS,
-                    CHOSEN,
-                    FILTER,
+                    softcap,
+                    FLAGS,
                     gl.constexpr(0),
                     GROUP,
                     STAGES,
@@ -180,9 +202,11 @@ def hopper_dz_kernel(
                     free,
                     out,
                     dz,
+                    dz_low,
                     targets,
                     rows_terms,
                     label,
+                    bias,
                     row_stats,
                     chosen,
                     alive,
@@ -193,10 +217,8 @@ def hopper_dz_kernel(
                     blocks,
                     tiles,
                     temperature,
-                    LABEL,
-                    STATS,
-                    CHOSEN,
-                    FILTER,
+                    softcap,
+                    FLAGS,
                     gl.constexpr(1),
                     GROUP,
                     STAGES,
@@ -219,7 +241,7 @@ def hopper_dz_kernel(
                     tiles,
                     d,
                     chosen,
-                    CHOSEN,
+                    gl.constexpr(FLAGS[2]),
                     GROUP,
                     STAGES,
                 ),
@@ -231,43 +253,44 @@ def hopper_dz_kernel(
 
 
 def launch_dz(
+    problem: Problem,
     e: Tensor,
-    c: Tensor,
+    run: Run,
     dz: Tensor,
+    dz_low: Tensor | None,
     terms: RowTerms,
     outputs: Outputs,
-    start: int,
-    temperature: float,
-    programs: int,
     group: int,
 ) -> None:
-    """Fills dz (N, W), and the row statistics, as dz.dz_kernel does without bias, softcap, entropy, smoothing, split
-    and sums.
+    """Fills dz, dz_low (N, W) and the row statistics as dz.dz_kernel does without entropy, smoothing and column sums.
 
-    outputs.alive (zeros on entry) receives the largest |P - onehot| of each 128 x 128 tile as fp32 bits.
+    Under a softcap the label must stand apart. outputs.alive (zeros on entry) receives the largest |P - onehot| of each
+    128 x 128 tile as fp32 bits.
     """
     n, width = dz.shape
-    stats, chosen = outputs.row_stats, outputs.chosen
+    stats, chosen, alive = outputs.row_stats, outputs.chosen, outputs.alive
     units = (n + 127) // 128 * ((width + 255) // 256)
-    hopper_dz_kernel[(min(units, programs),)](
+    optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
+    flags = (*optional, run.bias is not None, problem.softcap is not None, dz_low is not None)
+    hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
         describe(e, 128, 64),
-        describe(c, 256, 64),
+        describe(run.c, 256, 64),
         describe(dz, 64, 256),
+        describe(dz if dz_low is None else dz_low, 64, 256),
         terms.targets,
         terms.terms,
         terms.label,
+        terms.terms if run.bias is None else run.bias,
         terms.terms if stats is None else stats,
         terms.targets if chosen is None else chosen,
-        terms.targets if outputs.alive is None else outputs.alive,
+        terms.targets if alive is None else alive,
         n,
         width,
         e.shape[1],
-        start,
-        temperature,
-        LABEL=terms.label_inside,
-        STATS=stats is not None,
-        CHOSEN=chosen is not None,
-        FILTER=outputs.alive is not None,
+        run.start,
+        float(problem.temperature),
+        float(problem.softcap or 1.0),
+        FLAGS=flags,
         GROUP=group,
         STAGES=3,
         num_warps=4,

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Config", "architecture", "config_for", "descriptor_fits", "hopper_fits", "precision_of", "tuned"]
+__all__ = [
+    "Config",
+    "architecture",
+    "config_for",
+    "descriptor_fits",
+    "hopper_fits",
+    "multiprocessors",
+    "precision_of",
+    "tuned",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,11 @@ def descriptor_fits(x: Tensor) -> bool:
     aligned = x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0
     big_enough = x.device.type != "cuda" or architecture(x.device) != "sm_80"
     return big_enough and aligned and x.stride(1) == 1 and x.numel() > 0 and x.stride(0) >= x.shape[1]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @functools.cache
