@@ -1,4 +1,4 @@
-"""References, bounds, cases, sweeps and reports: everything that measures the library. The library itself never imports this."""
+"""References, bounds, cases, sweeps and reports: everything that measures the library, which never imports this."""
 
 from cce_precision.analysis.capture import Capture, capture, load_capture, load_shipped
 
