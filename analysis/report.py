@@ -248,16 +248,21 @@ def filter_sentences(default: Sequence[Option]) -> list[str]:
     if (cce := at_default.get("cce")) is not None:
         said.append(
             f"The paper's cce at its default threshold {cce.where}, with its sums in the input dtype, is off by "
-            f"{number(cce.dE)} in dE and {number(cce.dC)} in dC, and leaves {percent(cce.empty)} of dC's rows empty."
+            f"{number(cce.dE)} in dE and {number(cce.dC)} in dC; {rows_empty(cce)}."
         )
     sparse, unbiased = at_default.get("cce_sparse"), at_default.get("cce_unbiased")
     if sparse is not None and unbiased is not None and percent(sparse.dropped) != "0":
         said.append(
             f"Dropping the entries below {sparse.where} one by one (cce_sparse) loses {percent(sparse.dropped)} of the "
-            f"softmax: dE is off by {number(sparse.dE)}, and {percent(sparse.empty)} of dC's rows stay empty. Sampling "
-            f"them without bias (cce_unbiased) is off by {number(unbiased.dE)}."
+            f"softmax: dE is off by {number(sparse.dE)}, and {rows_empty(sparse)}. Sampling them without bias "
+            f"(cce_unbiased) is off by {number(unbiased.dE)}."
         )
     return said
+
+
+def rows_empty(option: Option) -> str:
+    share = percent(option.empty)
+    return "none of dC's rows is left empty" if share == "0" else f"{share} of dC's rows are left empty"
 
 
 def cost(option: Option) -> str:
