@@ -338,5 +338,5 @@ def test_warp_specialised_kernels(which: str) -> None:
             "STAGES": Constant(4),
         }
     used = resources(GluonASTSource, kernel, arguments, "sm_90", num_warps=4)
-    spills = 16 if which == "softcap" else 0  # a few scalars, outside the loop over D
+    spills = 64 if "softcap" in which else 0  # tanh takes registers once a tile, outside the loop over D
     assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used

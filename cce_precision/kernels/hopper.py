@@ -104,7 +104,11 @@ def tanh(y):
     y2 = y * y
     series = -0.053045479973 + y2 * 0.017241460416
     series = -0.33333143888 + y2 * (0.133258787567 + y2 * series)
-    large = 1.0 - 2.0 / (1.0 + gl.exp2(a * (2 * LOG2E)))
+    q = gl.exp2(a * (-2 * LOG2E))
+    inverse = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + q], dtype=gl.float32, is_pure=True, pack=1
+    )
+    large = 1.0 - 2.0 * q * inverse
     return gl.where(a < 0.5, y + y * (y2 * series), gl.where(y < 0, -large, large))
 
 
@@ -152,7 +156,7 @@ def softmax_half(
             at = tile * COLUMNS + columns
             z += gl.load(bias + at, mask=at < v, other=0.0).to(gl.float32)[None, :]
         if FLAGS[1]:
-            z = softcap * tanh(z / softcap)
+            z = softcap * tanh(z * (1.0 / softcap))
         if tile * COLUMNS + COLUMNS > v:
             z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
         if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target

@@ -92,7 +92,7 @@ def dz_half(
         if STATS:
             gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * (tiles + tile) + rows, gl.max(acc, 1), mask=inside)
         if SOFTCAP:  # the label stands apart, so the slope may come before the target's entry is set to 0
-            t = tanh(acc / softcap)
+            t = tanh(acc * (1.0 / softcap))
             x = gl.exp2((softcap * t * (1.0 / temperature) - lse[:, None]) * LOG2E) * (1.0 - t * t)
         else:
             x = gl.exp2((acc * (1.0 / temperature) - lse[:, None]) * LOG2E)
