@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from cce_precision import LinearCrossEntropy, linear_cross_entropy
 from cce_precision.analysis.bounds import bound
-from cce_precision.analysis.fuzz import campaign, compare, judge, judge_outputs, outputs
+from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build
 from cce_precision.analysis.references import Objective, Quantities, truth
-from cce_precision.eager.backward import Backward
 from tests.strategies import EAGER, TILED, knobs
 
 
@@ -485,31 +483,3 @@ def test_a_masked_target_costs_infinity_and_spares_the_other_heads(impl: str) ->
     (d_e,) = torch.autograd.grad([result.lse, result.entropy], e, [r, r])
     assert allowed.dE.isfinite().all()
     assert compare(d_e, exact.dE, allowed.dE + exact.radius.dE).holds
-
-
-# The campaign.
-
-
-def test_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    names = ("baseline", "cce_exact")
-    first = campaign(4, tmp_path, seed=3, impls=names)
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
-    again = campaign(6, tmp_path, seed=3, impls=names)
-    assert first["problems"] == 4 and again["problems"] == 6 and not again["violations"]
-    assert "6 random problems" in (tmp_path / "index.md").read_text()
-
-
-def test_campaign_reports_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong gradient is a violation with its knobs, a crash too."""
-    monkeypatch.setattr(Backward, "target_term", lambda self, index: self.complement[index] * 0)
-    found = campaign(4, tmp_path, seed=1, impls=("cce_exact",))
-    assert found["violations"]
-    assert not judge(Knobs(**found["violations"][0]["knobs"])).holds
-
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("out of order")
-
-    monkeypatch.setattr(Backward, "run", broken)
-    found = campaign(2, tmp_path, seed=2, impls=("cce_exact",))
-    assert len(found["violations"]) == 2 and "out of order" in found["violations"][0]["error"]
