@@ -14,6 +14,7 @@ from pathlib import Path
 
 try:
     import typer
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:  # the core works without them, the command does not
@@ -61,6 +62,11 @@ def main() -> None:
         sys.exit(2)
 
 
+def console() -> Console:
+    """The screen; a fixed width wide enough for every table where the output is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 @contextlib.contextmanager
 def bad_option(option: str | None = None) -> Iterator[None]:
     """Turns a ValueError or TypeError about an option into the command's own error, with exit code 2."""
@@ -85,15 +91,17 @@ def variants(as_json: bool = typer.Option(False, "--json", help="The records as 
     if as_json:
         print(json.dumps([dataclasses.asdict(variant) for variant in ALL.values()], indent=2))
         return
-    table = Table(title="variants", title_justify="left")
-    for heading in ("name", "filter of dE", "filter of dC", "dZ operand", "sums (dE, dC)", "what it is"):
-        table.add_column(heading, no_wrap=heading == "name")
+    table = Table(box=box.SIMPLE, padding=(0, 1))
+    for heading in ("name", "filter of dE", "filter of dC", "dZ operand", "sums"):
+        table.add_column(heading, no_wrap=True)
+    meaning = Table.grid(padding=(0, 2))
     for variant in ALL.values():
         filters = [f"{f.granularity.value} {f.kind.value}" if f else "-" for f in (variant.filter_e, variant.filter_c)]
         sums = ", ".join(dict.fromkeys((variant.accum_e.value, variant.accum_c.value)))
         also = f" (also {', '.join(variant.aliases)})" if variant.aliases else ""
-        table.add_row(variant.name, *filters, variant.operand.value, sums, variant.summary + also)
-    Console().print(table)
+        table.add_row(variant.name, *filters, variant.operand.value, sums)
+        meaning.add_row(variant.name, variant.summary + also)
+    console().print(table, meaning)
 
 
 @app.command()
@@ -113,7 +121,7 @@ def memory(
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        Console().print(figure.table(rows, gpus=gpus, gigabytes=gigabytes, tokens=tokens))
+        console().print(figure.table(rows, gpus=gpus, gigabytes=gigabytes, tokens=tokens))
 
 
 @app.command()
@@ -127,7 +135,7 @@ def report(
     engine: str = typer.Option("local", help="local, or ray (spread over machines)."),
     workers: int = typer.Option(0, min=0, help="Cells at a time; 0: as many as the CPUs hold."),
     threads: int = typer.Option(1, min=1, help="Threads of a cell; the last bits of a result may depend on it."),
-    tokens: int = typer.Option(512, min=0, help="Only the first so many tokens of each head; 0: all."),
+    tokens: int = typer.Option(512, min=0, help="Only so many tokens of each head, in runs of 128; 0: all."),
     seed: int = typer.Option(0, help="Seed of synthetic cases and of variants that sample."),
     page: bool = typer.Option(False, "--page-only", help="Measure nothing: draw the page from results.parquet."),
 ) -> None:
@@ -137,7 +145,7 @@ def report(
 
     if page:
         with bad_option("--out"):
-            reporting.redraw(out, Console())
+            reporting.redraw(out, console())
         return
     with bad_option("--engine/--workers"):
         chosen = engines.engine(engine, workers or None)
@@ -153,7 +161,7 @@ def report(
             threads=threads,
         )
     command = shlex.join(["cce-precision", *sys.argv[1:]])
-    raise typer.Exit(reporting.run(plan, out, chosen, command, Console(), notes))
+    raise typer.Exit(reporting.run(plan, out, chosen, command, console(), notes))
 
 
 @app.command()
@@ -164,7 +172,9 @@ def bench(
     ),
     methods: str = typer.Option("auto", help="Methods by name (cce_exact@4096MB: with that workspace)."),
     dtype: str = typer.Option("auto", help="bf16, fp16, fp32, separated by commas."),
-    case: str = typer.Option("trained", help="The case that fills a shape: init, trained, ..."),
+    case: str = typer.Option(
+        "trained", help="The case that fills a shape: init, trained, ..., or a .safetensors head."
+    ),
     repeat: int = typer.Option(0, min=0, help="Timed rounds; 0: as many as fit in a minute a shape, 3 to 30."),
     softcap: bool = typer.Option(True, help="The model's softcap where it has one."),
     scale: bool = typer.Option(False, help="Sweep N and V instead of the named shapes."),
@@ -181,6 +191,6 @@ def bench(
             softcap=softcap, repeat=repeat, out=out, fresh=fresh,
         )  # fmt: skip
     if page:
-        benchmark.draw(out, Console())
+        benchmark.draw(out, console())
         return
-    raise typer.Exit(benchmark.run(plan, Console()))
+    raise typer.Exit(benchmark.run(plan, console()))
