@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cce_precision.analysis.figures import Figure, Panel, mark
+from cce_precision.analysis.figures import Figure, Panel, mark, text_colour
 
 __all__ = ["draw", "plotly_figure"]
 
@@ -161,7 +161,7 @@ def _plotly_traces(panel: Panel, axes: dict[str, str], seen: set[str]) -> list[d
             cliponaxis=False,
             textposition="middle right",
             hoverinfo="skip",
-            textfont={"color": mark(name).colour, "size": 11},
+            textfont={"color": text_colour(name), "size": 11},
         )
     return traces
 
@@ -252,7 +252,9 @@ def draw(figure: Figure, *paths: Path) -> None:
     }
     with plt.rc_context(settings):
         count = len(figure.panels)
-        fig, axes = plt.subplots(1, count, figsize=(5.6 * count, 4.6), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            1, count, figsize=(5.6 * count if count > 1 else 9.0, 4.6), squeeze=False, layout="constrained"
+        )
         for panel, ax in zip(figure.panels, axes[0], strict=True):
             _draw_panel(panel, ax)
         handles = {h.get_label(): h for ax in axes[0] for h in ax.get_lines() if not h.get_label().startswith("_")}
@@ -287,7 +289,7 @@ def _draw_panel(panel: Panel, ax: Any) -> None:
     for name, y in _labels(panel):
         at = (1.01, 10**y if panel.log_y else y)
         ax.annotate(
-            name.split(":")[0], at, xycoords=("axes fraction", "data"), color=mark(name).colour, fontsize=8, va="center"
+            name.split(":")[0], at, xycoords=("axes fraction", "data"), color=text_colour(name), fontsize=8, va="center"
         )
     for value, label in panel.guides:
         ax.axhline(value, color=INK, linewidth=0.8, linestyle=":")

@@ -35,22 +35,37 @@ class Mark(NamedTuple):
 MARKS = {
     "baseline": Mark("#111111", "x", "X"),
     "torch_compile": Mark("#6e7781", "cross", "P"),
-    "cce": Mark("#d55e00", "circle", "o"),
-    "cce_no_filter": Mark("#8c510a", "square", "s"),
-    "cce_kahan": Mark("#e69f00", "triangle-up", "^"),
-    "cce_kahan_full_c": Mark("#b07400", "triangle-down", "v"),
-    "cce_kahan_full_e": Mark("#dca54c", "triangle-left", "<"),
+    "cce": Mark("#d1410c", "circle", "o"),
+    "cce_no_filter": Mark("#7f1d1d", "square", "s"),
+    "cce_kahan": Mark("#b97a00", "triangle-up", "^"),
+    "cce_kahan_full_c": Mark("#6b4e00", "triangle-down", "v"),
+    "cce_kahan_full_e": Mark("#ba8410", "triangle-left", "<"),
     "cce_exact": Mark("#0072b2", "square", "s"),
-    "cce_split": Mark("#2b9fd9", "diamond", "D"),
+    "cce_split": Mark("#1f8ac0", "diamond", "D"),
     "cce_sparse": Mark("#009e73", "pentagon", "p"),
-    "cce_unbiased": Mark("#c0407f", "star", "*"),
+    "cce_unbiased": Mark("#c0307f", "star", "*"),
     "cce_subsampled": Mark("#6a3d9a", "hexagon", "h"),
-    "initial": Mark("#56b4e9", "circle", "o"),
-    "early": Mark("#e69f00", "square", "s"),
+    "initial": Mark("#2a8fc9", "circle", "o"),
+    "early": Mark("#b97a00", "square", "s"),
     "trained": Mark("#0072b2", "diamond", "D"),
     FLOOR: Mark("#57606a"),
 }
 _SPARE = ("#117733", "#882255", "#44aa99", "#999933", "#332288", "#aa4499")
+
+
+def contrast(colour: str) -> float:
+    """Contrast of #rrggbb to white as WCAG 2 defines it; text needs 4.5, a line 3."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 1.05 / (0.05 + sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True)))
+
+
+def text_colour(name: str) -> str:
+    """The colour of a variant or stage, as dark as text has to be."""
+    colour = mark(name).colour
+    while contrast(colour) < 4.5:
+        colour = "#" + "".join(f"{int(int(colour[i : i + 2], 16) * 0.95):02x}" for i in (1, 3, 5))
+    return colour
 
 
 def mark(name: str) -> Mark:

@@ -230,13 +230,16 @@ def sentences(found: Sequence[Option], default: Sequence[Option]) -> list[str]:
     said = []
     at_default = {o.variant: o for o in default}
     base = at_default.get("baseline")
-    if base is not None and (same := as_exact_as(found, base)) is not None:
+    same = None if base is None else as_exact_as(found, base)
+    best = min(found, key=lambda o: (o.error, o.seconds), default=None)
+    if base is not None and same is not None:
+        also = ", which is also the most exact" if same is best else ""
         said.append(
             f"The cheapest that is no further off than PyTorch's own loss (baseline: loss {number(base.loss)}, "
-            f"dE {number(base.dE)}, dC {number(base.dC)}) is {'itself' if same is base else same.name + cost(same)}."
+            f"dE {number(base.dE)}, dC {number(base.dC)}) is {'itself' if same is base else same.name + cost(same)}"
+            f": dE {number(same.dE)}, dC {number(same.dC)}{also}."
         )
-    best = min(found, key=lambda o: (o.error, o.seconds), default=None)
-    if best is not None:
+    if best is not None and best is not same:
         said.append(f"The most exact is {best.name}{cost(best)}: dE {number(best.dE)}, dC {number(best.dC)}.")
     return said + filter_sentences(default)
 
