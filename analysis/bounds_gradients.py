@@ -213,10 +213,14 @@ class _Tiled:
 
     def _surviving(self, rows: Rows, p_hat: Computed, eps: float) -> tuple[Tensor, Tensor]:
         """(1, V) 2 where the tile survives for certain, 1 where it may, 0 where it does not; (tiles,) where it may."""
-        u, complement = self.p.u, rows.softmax.complement
+        u, f = self.p.u, self.factors
         upper, lower = p_hat.upper.amax(0), (p_hat.value - p_hat.error).amax(0)
-        upper = upper.scatter_reduce(0, rows.targets, complement.upper, "amax")
-        lower = lower.scatter_reduce(0, rows.targets, complement.value - complement.error, "amax")
+        at_target = [rows.softmax.complement]
+        if not (f.lse is None and f.entropy is None and f.smooth is None):  # then P_t itself counts too
+            at_target.append((-rows.softmax.nll).exp(self.p))
+        for entry in at_target:
+            upper = upper.scatter_reduce(0, rows.targets, entry.upper, "amax")
+            lower = lower.scatter_reduce(0, rows.targets, entry.value - entry.error, "amax")
         states = []
         for run in self.runs:
             certain = bool(lower[run].amax() >= eps * (1 + 2 * u))

@@ -147,8 +147,8 @@ class Variant:
     tile: tuple[int, int] = (128, 128)
 
     def __post_init__(self) -> None:
-        if self.label_apart and Accumulation.FP32 not in (self.accum_e, self.accum_c):
-            raise ValueError(f"{self.name}: label_apart needs an fp32 accumulation")
+        if self.label_apart and self.accum_c is not Accumulation.FP32:
+            raise ValueError(f"{self.name}: label_apart needs accum_c=FP32, got {self.accum_c}")
 
     @property
     def filtered(self) -> bool:

@@ -52,6 +52,10 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
     smooth: Tensor | None = None
 
+    @property
+    def of_nll_alone(self) -> bool:
+        return self.lse is None and self.entropy is None and self.smooth is None
+
 
 class Statistics(NamedTuple):
     """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,).

@@ -209,3 +209,26 @@ def test_on_flat_softmaxes_the_naive_target_passes(impl: str) -> None:
 
 
 # 7. Tolerances that a zero gradient passes: see test_mutants.
+
+
+@pytest.mark.parametrize("head", ["lse", "smoothing"])
+def test_a_tile_filter_keeps_what_confident_rows_pass_to_other_heads(head: str) -> None:
+    """Where 1 - P_t < eps in a whole tile, the tile may go for nll, not for heads whose gradient at the target is P_t."""
+    torch.manual_seed(0)
+    c = torch.randn(256, 16)
+    targets = torch.randint(0, 256, (128,))
+    e = 200 * torch.nn.functional.normalize(c[targets], dim=1)
+    gradients = {}
+    for impl in ("cce", "cce_exact"):
+        leaf = e.clone().requires_grad_()
+        smoothing = 0.1 if head == "smoothing" else 0.0
+        loss, lse = linear_cross_entropy(
+            leaf, c, targets, impl=impl, return_lse=True, filter_eps=2.0**-4 if impl == "cce" else "auto",
+            label_smoothing=smoothing,
+        )  # fmt: skip
+        (loss if head == "smoothing" else lse.sum()).backward()
+        gradients[impl] = leaf.grad
+    exact = gradients["cce_exact"]
+    assert exact.norm() > 0
+    # What remains filtered is below eps an entry: less than half of a dropped gradient.
+    assert (gradients["cce"] - exact).norm() < exact.norm() / 2

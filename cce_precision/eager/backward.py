@@ -97,6 +97,8 @@ class Backward:
         self.order = vocabulary_order(problem, self.variant, self.rows)
         self.targets = target_positions(problem, self.order)
         self.complement = -torch.expm1(-heads.nll)  # 1 - P_t
+        # What a tile filter compares at the target: |P - onehot|, and P too where a head beside nll has a gradient.
+        self.at_target = self.complement if upstream.of_nll_alone else self.complement.maximum(torch.exp(-heads.nll))
         # Without a softcap the smoothing part -sigma_i w_j is rank one and stays out of the operand.
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
@@ -137,7 +139,7 @@ class Backward:
         p, label = block.p, None if self.variant.label_apart else self.target_term(index)
         eps = filt.threshold(self.problem.operand_dtype)
         if filt.by_tile:
-            if not tile_survives(p, self.complement[index], block.inside, eps):
+            if not tile_survives(p, self.at_target[index], block.inside, eps):
                 if not self.smooth_inside:
                     return None
                 p, label = torch.zeros_like(p), None  # the smoothing part is never filtered

@@ -35,13 +35,11 @@ def uniform(seed: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> Te
     return hash32(seed, row, column).to(dtype).add_(0.5).mul_(2.0**-32)
 
 
-def tile_survives(p: Tensor, complement: Tensor, inside: Tensor, eps: float) -> Tensor:
-    """Whether some |P - onehot| in a tile reaches eps: p (rows, columns) with 0 at targets, 1 - P_t where the target is
-    inside.
-
-    NaN survives, so that it stays visible.
+def tile_survives(p: Tensor, at_target: Tensor, inside: Tensor, eps: float) -> Tensor:
+    """Whether some |P - onehot| in a tile reaches eps. p (rows, columns) is 0 at the targets; `at_target` (rows,) is
+    their entry, where they are inside. NaN survives, so that it stays visible.
     """
-    largest = torch.maximum(p.amax(), torch.where(inside, complement, 0).amax())
+    largest = torch.maximum(p.amax(), torch.where(inside, at_target, 0).amax())
     return ~(largest < eps)
 
 

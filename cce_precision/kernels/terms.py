@@ -15,12 +15,16 @@ from .primitives import round_to, wide
 __all__ = ["RowTerms", "TokensByTarget", "clean_rows", "label_rows", "matvec", "row_terms", "weighted_sum"]
 
 
+NEGLIGIBLE = 1024.0  # exp of minus that is 0
+
+
 @dataclass(frozen=True)
 class RowTerms:
     """What dZ needs of each token. All fp32, upstream factors divided by one power of two so that dZ is O(1)."""
 
     targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
-    terms: Tensor  # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, 1 - P_t
+    # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, the tile filter's entry at the target
+    terms: Tensor
     # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
     label: Tensor
     scale: Tensor  # 0-dim: what the sums are multiplied by at the end, the power of two over the temperature
@@ -63,9 +67,12 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
     entropy = zero.expand(problem.n)
     if upstream.entropy is not None:
         entropy = heads.entropy
-        label = label - kappa * p_t * (entropy - nll)
+        label = label - kappa * p_t * (entropy - nll.clamp(max=NEGLIGIBLE))  # P_t = 0 there, and nll may be inf
     if problem.softcap is not None and plan.variant.label_apart:
         label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
+    at_target = -torch.expm1(-nll)  # what a tile filter compares there: |P - onehot|, and P too for heads beside nll
+    if not upstream.of_nll_alone:
+        at_target = torch.maximum(at_target, p_t)
     return RowTerms(
         targets=targets,
         terms=torch.stack(
@@ -75,7 +82,7 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
                 kappa,
                 entropy,
                 sigma,
-                torch.where(counts, -torch.expm1(-nll), zero),
+                torch.where(counts, at_target, zero),
             ]
         ),
         label=torch.where(counts, label, zero),
