@@ -50,7 +50,7 @@ MARKS = {
     "trained": Mark("#0072b2", "diamond", "D"),
     FLOOR: Mark("#57606a"),
 }
-_SPARE = ("#117733", "#882255", "#44aa99", "#999933", "#332288", "#aa4499")
+_SPARE = ("#117733", "#882255", "#2f8072", "#7a7a22", "#332288", "#aa4499")
 
 
 def contrast(colour: str) -> float:
@@ -183,9 +183,14 @@ def _levels(rows: pd.DataFrame, quantity: str, name: str) -> list[Level]:
 
 
 def _eps_ticks(rows: pd.DataFrame) -> tuple[tuple[float, str], ...]:
-    values = sorted(rows["eps"].dropna().unique())
-    step = 2 if len(values) > 7 else 1
-    return tuple((float(v), power(v)) for v in values[::-step][::-1])
+    """Ticks at measured thresholds, with room for their labels."""
+    values = sorted(map(float, rows["eps"].dropna().unique()), reverse=True)
+    room = math.log2(values[0] / values[-1]) / 7 if values else 0.0
+    ticks: list[float] = []
+    for value in values:
+        if not ticks or math.log2(ticks[-1] / value) >= room:
+            ticks.append(value)
+    return tuple((value, power(value)) for value in reversed(ticks))
 
 
 def error_against_threshold(rows: pd.DataFrame, view: View) -> Figure:
@@ -229,7 +234,7 @@ def row_quantiles(rows: pd.DataFrame, view: View) -> Figure:
             )
             for v in order
         )
-        title = f"rows of {quantity}: 50 %, 90 %, 99 %, worst"
+        title = f"rows of {quantity}"
         panels.append(Panel(title, "relative error of a row", "", series, log_y=False, categories=tuple(order)))
     eps = chosen["eps"].dropna()
     where = f" at eps = {power(float(eps.iloc[0]))}" if len(eps) else ""

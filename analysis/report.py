@@ -371,6 +371,7 @@ def build(table: pd.DataFrame, out: Path, failures: Iterable[Failure] = (), note
         live=json.dumps(live, separators=(",", ":")).replace("</", "<\\/"),
         main=main,
         first=first,
+        seed=int(of_view(table, main)["seed"].max()),
         sentences=sentences(at_main, default),
         answers=answers(at_main),
         default=[option_row(o) for o in default],

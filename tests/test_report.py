@@ -125,10 +125,10 @@ def test_every_variant_has_a_mark_of_its_own() -> None:
     assert len(set(marks)) == len(ALL) == len({m.colour for m in marks})
 
 
-def test_names_are_as_dark_as_text_has_to_be() -> None:
+def test_lines_and_names_are_as_dark_as_they_have_to_be() -> None:
     assert figures.contrast("#000000") == 21 and figures.contrast("#ffffff") == 1
     for name in (*figures.MARKS, "a variant of tomorrow"):
-        assert figures.contrast(figures.text_colour(name)) >= 4.5
+        assert figures.contrast(figures.text_colour(name)) >= 4.5 and figures.contrast(figures.mark(name).colour) >= 3
 
 
 def test_the_default_threshold_of_each_dtype_is_chosen() -> None:
