@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cce_precision import linear_cross_entropy
 from cce_precision.analysis.bounds import bound
 from cce_precision.analysis.fuzz import compare, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Knobs, build
@@ -213,7 +214,7 @@ def test_on_flat_softmaxes_the_naive_target_passes(impl: str) -> None:
 
 @pytest.mark.parametrize("head", ["lse", "smoothing"])
 def test_a_tile_filter_keeps_what_confident_rows_pass_to_other_heads(head: str) -> None:
-    """Where 1 - P_t < eps in a whole tile, the tile may go for nll, not for heads whose gradient at the target is P_t."""
+    """Where 1 - P_t < eps in a whole tile, it may go for nll, not for heads whose gradient at the target is P_t."""
     torch.manual_seed(0)
     c = torch.randn(256, 16)
     targets = torch.randint(0, 256, (128,))
