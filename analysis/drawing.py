@@ -64,7 +64,7 @@ def _labels(panel: Panel) -> list[tuple[str, float]]:
     _, _, y0, y1 = _extent(panel)
     ends = {level.name: level.y for level in panel.levels}
     if panel.named:
-        ends |= {s.name: float(s.y[s.x.index(max(s.x))]) for s in panel.series}
+        ends |= {s.name: float(s.y[s.x.index(max(s.x))]) for s in panel.series if s.x}
     scaled = [(name, math.log10(y) if panel.log_y else y) for name, y in ends.items() if y > 0 or not panel.log_y]
     apart = _spread([y for _, y in scaled], 0.047 * (y1 - y0), y0, y1)
     return [(name, y) for (name, _), y in zip(scaled, apart, strict=True)]

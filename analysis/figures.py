@@ -5,6 +5,7 @@ Colour and marker belong to the variant, in every figure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,12 +76,19 @@ def mark(name: str) -> Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `notes` are shown on hover, one a point."""
+    """One curve; `notes` are shown on hover, one a point. Points that are not finite are left out."""
 
     name: str
     x: tuple[float | str, ...]
     y: tuple[float | str, ...]
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        finite = [
+            all(isinstance(v, str) or math.isfinite(v) for v in point) for point in zip(self.x, self.y, strict=True)
+        ]
+        for field in ("x", "y", "notes"):
+            object.__setattr__(self, field, tuple(itertools.compress(getattr(self, field), finite)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Figure:
     panels: tuple[Panel, ...]
 
     def __bool__(self) -> bool:
-        return any(p.series or p.levels for p in self.panels)
+        return any(p.levels or any(s.x for s in p.series) for p in self.panels)
 
 
 class View(NamedTuple):
@@ -177,7 +185,11 @@ def _curves(rows: pd.DataFrame, quantity: str, name: str, unit: str = "") -> lis
 def _levels(rows: pd.DataFrame, quantity: str, name: str) -> list[Level]:
     data = metric(rows, quantity, name)
     flat = data[data["eps"].isna()].set_index("variant")["value"]
-    levels = [Level(v, float(flat[v]), "solid" if v == "baseline" else "dot") for v in _order(flat.index)]
+    levels = [
+        Level(v, float(flat[v]), "solid" if v == "baseline" else "dot")
+        for v in _order(flat.index)
+        if math.isfinite(flat[v])
+    ]
     floor = metric(rows, quantity, "floor")["value"]
     return levels + ([Level(FLOOR, float(floor.iloc[0]), "dash")] if len(floor) else [])
 

@@ -368,7 +368,7 @@ def build(table: pd.DataFrame, out: Path, failures: Iterable[Failure] = (), note
         css=source["page.css"],
         js=source["page.js"],
         plotly=get_plotlyjs(),
-        live=json.dumps(live, separators=(",", ":")).replace("</", "<\\/"),
+        live=json.dumps(live, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
         main=main,
         first=first,
         seed=int(of_view(table, main)["seed"].max()),

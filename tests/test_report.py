@@ -120,6 +120,15 @@ def test_a_figure_without_data_is_left_out() -> None:
     assert [f.name for f in figures.figures(table, VIEW)] == ["error", "rows", "kept"]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_none_are_left_out_of_the_figures(bad: float, tmp_path: Path) -> None:
+    table = made_up_table()
+    table.loc[table["variant"].isin(["cce", "baseline"]) & table["quantity"].isin(["dE", "dC"]), "value"] = bad
+    for figure in figures.figures(table, VIEW):
+        json.dumps(drawing.plotly_figure(figure), allow_nan=False)
+        drawing.draw(figure, tmp_path / "a.png")
+
+
 def test_every_variant_has_a_mark_of_its_own() -> None:
     marks = [figures.mark(name) for name in ALL]
     assert len(set(marks)) == len(ALL) == len({m.colour for m in marks})
