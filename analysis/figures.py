@@ -184,13 +184,9 @@ def _curves(rows: pd.DataFrame, quantity: str, name: str, unit: str = "") -> lis
 
 def _levels(rows: pd.DataFrame, quantity: str, name: str) -> list[Level]:
     data = metric(rows, quantity, name)
-    flat = data[data["eps"].isna()].set_index("variant")["value"]
-    levels = [
-        Level(v, float(flat[v]), "solid" if v == "baseline" else "dot")
-        for v in _order(flat.index)
-        if math.isfinite(flat[v])
-    ]
-    floor = metric(rows, quantity, "floor")["value"]
+    flat, floor = data[data["eps"].isna()].set_index("variant")["value"], metric(rows, quantity, "floor")["value"]
+    flat, floor = flat[flat.map(math.isfinite)], floor[floor.map(math.isfinite)]
+    levels = [Level(v, float(flat[v]), "solid" if v == "baseline" else "dot") for v in _order(flat.index)]
     return levels + ([Level(FLOOR, float(floor.iloc[0]), "dash")] if len(floor) else [])
 
 
