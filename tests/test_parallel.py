@@ -1,4 +1,4 @@
-"""The options of a classifier spread over processes. No variant runs with them yet; the interface says so (test_inputs)."""
+"""The options of a classifier spread over processes. No variant runs with them yet, and the interface says so."""
 
 from __future__ import annotations
 
