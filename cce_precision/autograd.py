@@ -1,4 +1,4 @@
-"""The passes as two `torch.library` operators, differentiable once, for all tiled variants.
+"""The passes as `torch.library` operators, differentiable once, for all tiled variants.
 
 The plan (variant and scalars) travels as a string, so that `torch.compile` sees constants and the operators stay opaque
 to it.
