@@ -148,7 +148,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         if self.label_apart and self.accum_c is not Accumulation.FP32:
-            raise ValueError(f"{self.name}: label_apart needs accum_c=FP32, got {self.accum_c}")
+            raise ValueError(f"{self.name}: label_apart needs accum_c fp32, got {self.accum_c.value}")
 
     @property
     def filtered(self) -> bool:
