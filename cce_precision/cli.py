@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `cce-precision` and `python -m cce_precision`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop keeps what is done, as Ctrl-C does
     try:
         app(prog_name="cce-precision")
     except ModuleNotFoundError as error:
