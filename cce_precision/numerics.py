@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "Accumulation",
@@ -24,6 +25,7 @@ __all__ = [
     "Path",
     "Variant",
     "auto_eps",
+    "power_of_two",
     "unit_roundoff",
 ]
 
@@ -78,6 +80,17 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def auto_eps(dtype: torch.dtype) -> float:
     """The paper's default filter threshold, finfo(dtype).eps / 32: 2^-12 for bf16, 2^-15 for fp16, 2^-28 for fp32."""
     return torch.finfo(dtype).eps / 32
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, without a host
+    sync."""
+    if x.numel() == 0:
+        return torch.ones((), dtype=x.dtype, device=x.device)
+    largest = torch.where(x.isfinite(), x, 0).abs().amax()
+    _, exponent = torch.frexp(largest)
+    exponent = exponent.clamp(min=-120, max=120)  # so that the factor and its inverse stay normal in fp32
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent - 1), 1)
 
 
 @dataclass(frozen=True)

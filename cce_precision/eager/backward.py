@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import Filter, FilterKind, Operand
+from ..numerics import Filter, FilterKind, Operand, power_of_two
 from ..problem import Heads, Plan, Problem, Upstream
 from .accumulate import Accumulator
 from .filters import sampled, tile_survives
@@ -58,17 +58,6 @@ class RowFactors:
         scale = power_of_two(torch.stack([f[rows] for f in factors]))
         divide = lambda f: None if f is None else f / scale  # noqa: E731
         return RowFactors(alpha / scale, nll / scale, divide(kappa), divide(sigma), scale)
-
-
-def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, without a host
-    sync."""
-    if x.numel() == 0:
-        return torch.ones((), dtype=x.dtype, device=x.device)
-    largest = torch.where(x.isfinite(), x, 0).abs().amax()
-    _, exponent = torch.frexp(largest)
-    exponent = exponent.clamp(min=-120, max=120)  # so that the factor and its inverse stay normal in fp32
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent - 1), 1)
 
 
 @dataclass(frozen=True)

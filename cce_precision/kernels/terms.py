@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numerics import power_of_two
 from ..problem import Heads, Plan, Problem, Upstream
 from .primitives import round_to, wide
 
@@ -36,13 +37,6 @@ class RowTerms:
     @property
     def sigma(self) -> Tensor:
         return self.terms[4]
-
-
-def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two not above max |x| over the finite entries (1 if there is none), 0-dim, no host sync."""
-    largest = torch.where(x.isfinite(), x, 0).abs().amax()
-    _, exponent = torch.frexp(largest)
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent.clamp(-120, 120) - 1), 1)
 
 
 def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, targets: Tensor) -> RowTerms:
