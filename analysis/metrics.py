@@ -25,6 +25,7 @@ With `strata`, rel, row_q50, row_q99, row_max and the count `rows` come once a s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -81,9 +82,11 @@ class Worst(NamedTuple):
 def signed_errors(out: Tensor, exact: Tensor) -> Tensor:
     """out - exact in fp64: 0 where both are NaN or the same infinity, infinite where only one is a number."""
     out, exact = out.detach().to(device=exact.device, dtype=torch.float64), exact.double()
+    error = out - exact
+    if error.isfinite().all():
+        return error
     same = (out == exact) | (out.isnan() & exact.isnan())
-    error = (out - exact).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    return torch.where(same, 0.0, error)
+    return torch.where(same, 0.0, error.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf))
 
 
 def errors(out: Tensor, exact: Tensor) -> Tensor:
@@ -105,22 +108,12 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 def ulps(out: Tensor, exact: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """|out - exact| in ulp(max(|exact|, u scale)): with scale = |x| |W| cancelled elements do not dominate."""
-    dtype = dtype or out.dtype
-    magnitude = exact.double().abs().nan_to_num()
-    if scale is not None:
-        magnitude = torch.maximum(magnitude, unit_roundoff(dtype) * scale.double())
-    return errors(out, exact) / ulp(magnitude, dtype)
+    return Grades(out, exact, scale=scale, dtype=dtype).ulps
 
 
 def worst(out: Tensor, exact: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Worst:
     """The element with the largest error in ulps. Raises ValueError for an empty tensor."""
-    if out.numel() == 0:
-        raise ValueError("an empty tensor has no worst element")
-    out = out.detach()
-    distance = ulps(out, exact, scale, dtype)
-    flat = int(distance.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), out.shape))
-    return Worst(index, float(out[index]), float(exact[index]), float(distance[index]))
+    return Grades(out, exact, scale=scale, dtype=dtype).worst()
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
@@ -134,8 +127,7 @@ def _ratio(error: float, size: float) -> float:
 
 def relative(out: Tensor, exact: Tensor) -> float:
     """Normwise relative error |out - exact| / |exact|; 0 for 0/0, infinite for an error against 0."""
-    finite = torch.where(exact.isfinite(), exact.double(), 0.0)
-    return _ratio(float(errors(out, exact).norm()), float(finite.norm()))
+    return Grades(out, exact).relative()
 
 
 def floor_error(exact: Tensor, dtype: torch.dtype) -> float:
@@ -163,14 +155,7 @@ def bias(out: Tensor, exact: Tensor, tile: int = TILE) -> tuple[float, float]:
     -1 is a gradient of zeros. Rows of a tile share roundings and filters, so tiles are the samples; z is NaN for one
     tile, and infinite where all err alike.
     """
-    size = float(exact.double().abs().sum())
-    towards = _as_rows(signed_errors(out, exact) * exact.double().sign()).sum(1)
-    samples = torch.stack([part.sum() for part in towards.split(tile)])
-    total = float(samples.sum())
-    if total == 0 or size == 0:
-        return 0.0 if total == 0 else math.inf, 0.0
-    spread = float(samples.std()) * math.sqrt(len(samples)) if len(samples) > 1 else math.nan
-    return total / size, total / spread if spread else math.copysign(math.inf, total)
+    return Grades(out, exact).bias(tile)
 
 
 # -- by row ------------------------------------------------------------------------------------------------------------
@@ -182,11 +167,7 @@ def row_errors(out: Tensor, exact: Tensor, radius: Tensor | None = None) -> Tens
     NaN marks a row that says nothing: nothing to compute and nothing computed (both 0, as of an ignored token), or no
     larger than its `radius`, the certificate of the truth (undetermined).
     """
-    error = _row_norms(errors(out, exact))
-    size = _row_norms(torch.where(exact.isfinite(), exact.double(), 0.0))
-    relative_error = torch.where(error == 0, 0.0, error / size)
-    silent = (error == 0) & (size == 0)
-    return relative_error.masked_fill(silent | undetermined(exact, radius), math.nan)
+    return Grades(out, exact, radius).rows
 
 
 def undetermined(exact: Tensor, radius: Tensor | None) -> Tensor:
@@ -232,6 +213,75 @@ def by_count(targets: Tensor, v: int) -> dict[str, Tensor]:
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 
+class Grades:
+    """A tensor beside the truth, with what several metrics share computed once. Arguments as of `rows`."""
+
+    def __init__(
+        self,
+        out: Tensor,
+        exact: Tensor,
+        radius: Tensor | None = None,
+        scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.out, self.exact, self.radius, self.scale, self.dtype = out, exact, radius, scale, dtype or out.dtype
+
+    @functools.cached_property
+    def signed(self) -> Tensor:
+        return signed_errors(self.out, self.exact)
+
+    @functools.cached_property
+    def error(self) -> Tensor:
+        return self.signed.abs()
+
+    @functools.cached_property
+    def finite(self) -> Tensor:
+        """The truth in fp64, 0 where it is not finite."""
+        exact = self.exact.double()
+        return exact if exact.isfinite().all() else torch.where(exact.isfinite(), exact, 0.0)
+
+    @functools.cached_property
+    def ulps(self) -> Tensor:
+        magnitude = self.exact.double().abs().nan_to_num()
+        if self.scale is not None:
+            magnitude = torch.maximum(magnitude, unit_roundoff(self.dtype) * self.scale.double())
+        return self.error / ulp(magnitude, self.dtype)
+
+    @functools.cached_property
+    def undetermined(self) -> Tensor:
+        return undetermined(self.exact, self.radius)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        error, size = _row_norms(self.error), _row_norms(self.finite)
+        relative_error = torch.where(error == 0, 0.0, error / size)
+        silent = (error == 0) & (size == 0)
+        return relative_error.masked_fill(silent | self.undetermined, math.nan)
+
+    def relative(self, mask: Tensor | None = None) -> float:
+        """`relative`, of the rows in `mask`."""
+        error, finite = (self.error, self.finite) if mask is None else (self.error[mask], self.finite[mask])
+        return _ratio(float(error.norm()), float(finite.norm()))
+
+    def bias(self, tile: int = TILE) -> tuple[float, float]:
+        exact = self.exact.double()
+        size = float(exact.abs().sum())
+        towards = _as_rows(self.signed * exact.sign()).sum(1)
+        samples = torch.stack([part.sum() for part in towards.split(tile)])
+        total = float(samples.sum())
+        if total == 0 or size == 0:
+            return 0.0 if total == 0 else math.inf, 0.0
+        spread = float(samples.std()) * math.sqrt(len(samples)) if len(samples) > 1 else math.nan
+        return total / size, total / spread if spread else math.copysign(math.inf, total)
+
+    def worst(self) -> Worst:
+        if self.out.numel() == 0:
+            raise ValueError("an empty tensor has no worst element")
+        flat = int(self.ulps.argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), self.out.shape))
+        return Worst(index, float(self.out.detach()[index]), float(self.exact[index]), float(self.ulps[index]))
+
+
 def rows(
     quantity: str,
     out: Tensor,
@@ -253,40 +303,40 @@ def rows(
     """
     if out.shape != exact.shape:
         raise ValueError(f"{quantity}: out is {tuple(out.shape)}, the truth is {tuple(exact.shape)}")
-    dtype = dtype or out.dtype
     if out.numel() == 0:
         return
-    for metric, value in _whole(out, exact, radius, dtype):
+    grades = Grades(out, exact, radius, scale, dtype)
+    for metric, value in _whole(grades):
         yield Row(quantity, metric, value)
     if scale is not None:
-        error = errors(out, exact)
+        error = grades.error
         yield Row(quantity, "scaled", _ratio(float(error.norm()), float(scale.norm())))
         yield Row(quantity, "scaled_max", float(torch.where(error == 0, 0.0, error / scale).max()))
-    for metric, value in _ulp_rows(out, exact, scale, dtype):
+    for metric, value in _ulp_rows(grades):
         yield Row(quantity, metric, value)
-    by_row = row_errors(out, exact, radius)
-    yield Row(quantity, "row_undetermined", float(undetermined(exact, radius).double().mean()))
-    for metric, value in _row_quantiles(by_row, ("50", "90", "99")):
+    yield Row(quantity, "row_undetermined", float(grades.undetermined.double().mean()))
+    for metric, value in _row_quantiles(grades.rows, ("50", "90", "99")):
         yield Row(quantity, metric, value)
     for name, mask in (strata or {}).items():
         mask = mask.to(exact.device)
         yield Row(quantity, f"rows:{name}", float(mask.sum()))
         if mask.any():
-            yield Row(quantity, f"rel:{name}", relative(out.to(exact.device)[mask], exact[mask]))
-            for metric, value in _row_quantiles(by_row[mask], ("50", "99")):
+            yield Row(quantity, f"rel:{name}", grades.relative(mask))
+            for metric, value in _row_quantiles(grades.rows[mask], ("50", "99")):
                 yield Row(quantity, f"{metric}:{name}", value)
 
 
-def _whole(out: Tensor, exact: Tensor, radius: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    rel = relative(out, exact)
+def _whole(grades: Grades) -> Iterator[tuple[str, float]]:
+    out, exact, radius = grades.out, grades.exact, grades.radius
+    rel = grades.relative()
     yield "rel", rel
-    yield "floor", floor_error(exact, dtype)
+    yield "floor", floor_error(exact, grades.dtype)
     if radius is not None:
         yield "certificate", _ratio(float(radius.norm()), float(exact.norm()))
-    yield "bits", effective_bits(rel, dtype)
+    yield "bits", effective_bits(rel, grades.dtype)
     yield "cosine_deficit", cosine_deficit(out, exact)
     yield "norm_ratio", float(out.detach().double().norm()) / float(exact.norm()) if exact.any() else math.nan
-    yield from zip(("bias", "bias_z"), bias(out, exact), strict=True)
+    yield from zip(("bias", "bias_z"), grades.bias(), strict=True)
 
 
 def _row_quantiles(by_row: Tensor, percents: tuple[str, ...]) -> Iterator[tuple[str, float]]:
@@ -296,16 +346,16 @@ def _row_quantiles(by_row: Tensor, percents: tuple[str, ...]) -> Iterator[tuple[
     yield "row_max", float(known.max()) if known.numel() else math.nan
 
 
-def _ulp_rows(out: Tensor, exact: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    distance = ulps(out, exact, scale, dtype)
+def _ulp_rows(grades: Grades) -> Iterator[tuple[str, float]]:
+    distance = grades.ulps
     yield "ulp_q50", _quantile(distance, 0.5)
     yield "ulp_q99", _quantile(distance, 0.99)
     yield "ulp_max", float(distance.max())
     below = 0.0
     for edge in ULP_EDGES:
-        share = float((distance <= edge).double().mean())
+        share = int((distance <= edge).sum()) / distance.numel()
         yield f"ulp_share:{edge:g}", share - below
         below = share
-    at = worst(out, exact, scale, dtype)
+    at = grades.worst()
     yield "worst_row", float(at.element[0] if at.element else 0)
     yield "worst_column", float(at.element[1] if len(at.element) > 1 else 0)

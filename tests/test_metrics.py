@@ -219,3 +219,21 @@ def test_inputs_of_other_shapes() -> None:
 def test_import_brings_no_pandas() -> None:
     code = "import sys, cce_precision.analysis.metrics; sys.exit('pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_table_agrees_with_the_functions_alone() -> None:
+    """What `rows` computes once for all metrics is what each function computes for itself, to the last bit."""
+    exact = torch.randn(300, 7, dtype=torch.float64)
+    exact[5], exact[7, 2] = 0, inf
+    out = (exact * (1 + torch.randn_like(exact) / 100)).bfloat16()
+    out[9, 1] = nan
+    radius, scale = torch.full_like(exact, 1e-12), exact.abs().nan_to_num() + 1
+    mask = torch.arange(300) % 3 == 0
+    found = table(out, exact, radius=radius, scale=scale, strata={"third": mask})
+    assert found["rel"] == metrics.relative(out, exact) == inf
+    assert found["rel:third"] == metrics.relative(out[mask], exact[mask]) == inf
+    assert (found["bias"], found["bias_z"]) == pytest.approx(metrics.bias(out, exact), nan_ok=True, rel=0)
+    assert found["ulp_max"] == metrics.worst(out, exact, scale).ulps == metrics.ulps(out, exact, scale).max() == inf
+    by_row = metrics.row_errors(out, exact, radius)
+    known = by_row[~by_row.isnan()].sort().values
+    assert found["row_q50"] == known[math.ceil(len(known) / 2) - 1]
