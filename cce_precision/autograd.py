@@ -20,7 +20,7 @@ __all__ = ["choose_backend", "heads_of", "statistics_of"]
 
 
 def _problem(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, plan: Plan) -> Problem:
-    return Problem(e, c, targets, bias, weight, plan.softcap, plan.temperature)
+    return Problem(e, c, targets, bias, weight, plan.softcap, plan.temperature, plan.first_column)
 
 
 @functools.cache
@@ -50,22 +50,29 @@ def _in_one_pass(problem: Problem, plan: Plan) -> bool:
     )
 
 
-# Returns the heads, and where the forward pass computes gradients too, those of sum_i nll_i in fp32 (else empty).
+def _record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
+    return kernels.record_shape(problem, plan) if choose_backend(problem, plan) == "triton" else (0, 0)
+
+
+# Returns the heads, a record for the backward pass (or empty), and where the forward pass computes gradients too, those
+# of sum_i nll_i in fp32 (else empty).
 @torch.library.custom_op("cce_precision::forward", mutates_args=())
 def _forward(
     e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, seed: Tensor, plan: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
-    passes = kernels if choose_backend(problem, decoded) == "triton" else eager
     gradients: Sequence[Tensor | None] = (None, None, None)
+    record = torch.zeros(0, 0, dtype=torch.int32, device=e.device)
     with torch.autocast(e.device.type, enabled=False):  # the passes choose the dtype of every product themselves
         if _in_one_pass(problem, decoded):
             heads, gradients = kernels.forward_one_pass(problem, decoded)
+        elif choose_backend(problem, decoded) == "triton":
+            heads, record = kernels.forward(problem, decoded)
         else:
-            heads = passes.forward(problem, decoded)
+            heads = eager.forward(problem, decoded)
     empty = lambda: e.new_empty(0, dtype=torch.float32)  # noqa: E731
-    return (*heads, *(empty() if g is None else g for g in gradients))  # type: ignore[return-value]
+    return (*heads, record, *(empty() if g is None else g for g in gradients))  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -83,6 +90,7 @@ def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
         new(decoded.want_entropy),
         new(decoded.want_smooth),
         new(decoded.want_argmax, torch.int64),
+        e.new_empty(_record_shape(problem, decoded), dtype=torch.int32),
         *(unit(x, w) for x, w in zip((e, c, bias), wanted)),
     )
 
@@ -91,6 +99,7 @@ def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
 def _backward(
     upstream: Sequence[Tensor],  # of nll, lse, entropy, smooth; empty where a head has none
     heads: Sequence[Tensor],  # nll, lse, entropy
+    record: Tensor,  # of the forward pass
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -102,24 +111,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
-    passes = kernels if choose_backend(problem, decoded) == "triton" else eager
     empty = e.new_empty(0)
+    outputs = Heads(heads[0], heads[1], heads[2], empty, empty)
+    given = Upstream(*(g if g.numel() or not problem.n else None for g in upstream))
+    wanted = (bool(need[0]), bool(need[1]), bool(need[2]))
     with torch.autocast(e.device.type, enabled=False):
-        gradients = passes.backward(
-            problem,
-            decoded,
-            Heads(heads[0], heads[1], heads[2], empty, empty),
-            Upstream(*(g if g.numel() or not problem.n else None for g in upstream)),
-            (bool(need[0]), bool(need[1]), bool(need[2])),
-            seed,
-        )
+        if choose_backend(problem, decoded) == "triton":
+            gradients = kernels.backward(problem, decoded, outputs, given, wanted, seed, record)
+        else:
+            gradients = eager.backward(problem, decoded, outputs, given, wanted, seed)
     return tuple(e.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
 
 @_backward.register_fake
-def _(upstream, heads, e, c, bias, targets, weight, seed, plan, need):  # type: ignore[no-untyped-def]
+def _(upstream, heads, record, e, c, bias, targets, weight, seed, plan, need):  # type: ignore[no-untyped-def]
+    decoded = Plan.decode(plan)
     like = lambda x, wanted: x.new_empty(x.shape) if wanted else e.new_empty(0)  # noqa: E731
-    return like(e, need[0]), like(c, need[1]), like(bias, need[2] and bias is not None)
+    d_e = like(e, need[0])
+    if decoded.partial_e and need[0]:
+        d_e = d_e.to(_problem(e, c, bias, targets, weight, decoded).compute_dtype)
+    return d_e, like(c, need[1]), like(bias, need[2] and bias is not None)
 
 
 @torch.library.custom_op("cce_precision::scaled", mutates_args=())
@@ -137,15 +148,15 @@ def _(unit, factor, like):  # type: ignore[no-untyped-def]
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     e, c, bias, targets, weight, seed, plan = inputs
-    nll, lse, entropy, _, argmax, *units = output
+    nll, lse, entropy, _, argmax, record, *units = output
     ctx.plan = plan
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(argmax, *units)
-    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy, *units)
+    ctx.mark_non_differentiable(argmax, record, *units)
+    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy, record, *units)
 
 
 def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
-    e, c, bias, targets, weight, seed, nll, lse, entropy, *units = ctx.saved_tensors
+    e, c, bias, targets, weight, seed, nll, lse, entropy, record, *units = ctx.saved_tensors
     need = [int(x) for x in ctx.needs_input_grad[:3]]
     if all(g is None for g in grads[:4]):
         return (None,) * 7
@@ -155,7 +166,7 @@ def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
         return (*(scaled(unit, grads[0], x) if wanted else None for unit, x, wanted in inputs), None, None, None, None)
     upstream = [e.new_empty(0, dtype=nll.dtype) if g is None else g.contiguous() for g in grads[:4]]
     gradients = torch.ops.cce_precision.backward(
-        upstream, [nll, lse, entropy], e, c, bias, targets, weight, seed, ctx.plan, need
+        upstream, [nll, lse, entropy], record, e, c, bias, targets, weight, seed, ctx.plan, need
     )
     return (*(g if wanted else None for g, wanted in zip(gradients, need)), None, None, None, None)
 

@@ -30,7 +30,11 @@ from torch import Tensor
 
 from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
 
-__all__ = ["Heads", "Plan", "Problem", "Statistics", "Upstream"]
+__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream"]
+
+# A target whose column another process holds (vocabulary-parallel backward passes): the token counts, no column of this
+# problem is its target. Beyond every column, and far enough from int32's end for differences of positions.
+ELSEWHERE = 2**30
 
 
 class Heads(NamedTuple):
@@ -83,6 +87,10 @@ class Plan:
     # Gradients (of e, c, bias) that the forward pass may compute with it, because every token's upstream gradient will
     # be one scalar, that of a summed nll; None where it may not.
     one_pass: tuple[bool, bool, bool] | None = None
+    want_record: bool = False  # whether a backward pass may follow, which wants to know where its filter keeps anything
+    # dE is one process's part of a sum over processes: it leaves the pass in the compute dtype, not rounded to e's.
+    partial_e: bool = False
+    first_column: int = 0  # see Problem
 
     def encode(self) -> str:
         """The plan as text, in operations that `torch.compile` folds to a constant."""
@@ -93,7 +101,8 @@ class Plan:
         fields += [str(v.label_apart), str(v.sort_vocabulary), str(v.tile[0]), str(v.tile[1])]
         fields += [str(self.softcap), str(self.temperature)]
         fields += [str(self.want_entropy), str(self.want_smooth), str(self.want_argmax)]
-        fields += [self.backend, str(self.workspace_mb)]
+        fields += [self.backend, str(self.workspace_mb), str(self.want_record)]
+        fields += [str(self.partial_e), str(self.first_column)]
         fields += ["None"] if self.one_pass is None else [str(wanted) for wanted in self.one_pass]
         return "|".join(fields)
 
@@ -131,6 +140,9 @@ class Plan:
             want_argmax=flag(),
             backend=next(fields),
             workspace_mb=optional(int),
+            want_record=flag(),
+            partial_e=flag(),
+            first_column=int(next(fields)),
         )
         one_pass = [x == "True" for x in fields if x != "None"]
         return dataclasses.replace(plan, one_pass=(one_pass[0], one_pass[1], one_pass[2])) if one_pass else plan
@@ -142,11 +154,15 @@ class Problem:
 
     e: Tensor  # (N, D) embeddings; a strided view is fine
     c: Tensor  # (V, D) classifier
-    targets: Tensor  # (N,) int64 in [0, V), or -1 where the token is ignored; any shift is applied already
+    # (N,) int64 in [0, V), or -1 where the token is ignored, or (in a backward pass) ELSEWHERE; any shift is applied
+    # already
+    targets: Tensor
     bias: Tensor | None = None  # (V,)
     column_weight: Tensor | None = None  # (V,) w of the smooth head in the compute dtype; None: ones
     softcap: float | None = None
     temperature: float = 1.0
+    # The number of column 0 in the whole vocabulary, where processes share it: random filters draw by that number.
+    first_column: int = 0
 
     @property
     def n(self) -> int:

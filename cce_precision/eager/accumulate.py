@@ -45,8 +45,10 @@ class Accumulator:
         assert self.mode is Accumulation.FP32
         self.sum.index_add_(0, rows, value)
 
-    def result(self) -> Tensor:
-        """The gradient, rounded once to its dtype where the sum is fp32."""
+    def result(self, partial: bool = False) -> Tensor:
+        """The gradient, rounded once to its dtype where the sum is fp32; in the compute dtype where it is one part of a
+        sum."""
+        dtype = self.scale.dtype if partial else self.dtype
         if self.mode is Accumulation.FP32:
-            return self.sum.mul_(self.scale).to(self.dtype)
-        return self.sum
+            return self.sum.mul_(self.scale).to(dtype)
+        return self.sum.to(dtype)

@@ -78,6 +78,7 @@ class Backward:
 
     def __init__(self, problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, seed: Tensor) -> None:
         self.problem, self.variant, self.heads, self.seed = problem, plan.variant, heads, seed
+        self.partial_e = plan.partial_e
         weight = problem.column_weight
         self.rows = valid_rows(problem)
         total_weight = float(problem.v) if weight is None else weight.sum()
@@ -133,7 +134,9 @@ class Backward:
                     return None
                 p, label = torch.zeros_like(p), None  # the smoothing part is never filtered
         elif filt:
-            p = sampled(p, filt, eps, self.seed, as_ids(index, p), columns, as_ids(columns.index, p), over_columns)
+            first = self.problem.first_column
+            ids = as_ids(columns.index, p) + first
+            p = sampled(p, filt, eps, self.seed, as_ids(index, p), columns, ids, over_columns, first)
         x = p * f.alpha[index][:, None]
         if f.kappa is not None:
             spread = block.log_p.clamp(min=NEGLIGIBLE) + self.heads.entropy[index][:, None]
@@ -205,7 +208,7 @@ class Backward:
         if d_e is not None:
             self.finish_embeddings(d_e, weighted_c)
         return (
-            None if d_e is None else d_e.result(),
+            None if d_e is None else d_e.result(self.partial_e),
             d_c,
             None if d_bias is None or problem.bias is None else d_bias.mul_(self.scale).to(problem.bias.dtype),
         )
@@ -237,7 +240,10 @@ class Backward:
             part = self.complement.new_zeros(())
             if self.variant.label_apart:
                 x = self.target_term(index) * self.target_slope(index)
-                part = x[:, None] * self.problem.c[self.problem.targets[index]].to(x.dtype)
+                targets = self.problem.targets[index]
+                here = targets < self.problem.v
+                part = x[:, None] * self.problem.c[torch.where(here, targets, 0)].to(x.dtype)
+                part = torch.where(here[:, None], part, 0)  # not the target's term of another process's column
             if self.smooth_apart:
                 part = part - self.factors.sigma[index][:, None] * weighted_c  # type: ignore[index]
             d_e.add(index, part)
@@ -256,7 +262,7 @@ def backward(
     need: tuple[bool, bool, bool],
     seed: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed`: 0-dim int64, for random
-    filters."""
+    """(dE, dC, dbias) in the dtypes of e (the compute dtype for plan.partial_e), c and bias; None where `need` says so.
+    `seed`: 0-dim int64, for random filters."""
     by_tile = plan.variant.tile_ordered
     return Backward(problem, plan, heads, upstream, seed).run(*block_shape(problem, plan, by_tile), need)

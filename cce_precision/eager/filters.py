@@ -50,8 +50,9 @@ def sampled(
     seed: Tensor,
     rows: Tensor,  # (rows,) token indices
     columns: Columns,
-    ids: Tensor,  # (columns,) vocabulary ids
+    ids: Tensor,  # (columns,) vocabulary ids, of the whole vocabulary where processes share it
     over_columns: bool,  # whether a subset filter samples columns (dE) or tokens (dC)
+    first_column: int = 0,  # what positions in visiting order begin with
 ) -> Tensor:
     """P^ of one element filter, in expectation P unless the filter drops. Entries >= eps (and NaN) pass unchanged."""
     small = p < eps
@@ -61,7 +62,7 @@ def sampled(
         kept = p >= eps * uniform(seed, rows[:, None], ids[None, :], p.dtype)
         return torch.where(small, kept * p.new_tensor(eps) * (p > 0), p)
     if over_columns:
-        place = torch.arange(columns.start, columns.stop, device=p.device)
+        place = torch.arange(columns.start, columns.stop, device=p.device) + first_column
         chosen = _one_of_each_share(seed, place, filt.share, stream=1)[None, :]
     else:
         chosen = _one_of_each_share(seed, rows, filt.share, stream=2)[:, None]

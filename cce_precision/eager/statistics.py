@@ -45,7 +45,9 @@ def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Stat
             elif filt.kind is FilterKind.NONE:
                 p_hat = p
             else:
-                p_hat = sampled(p, filt, eps, seed, as_ids(index, p), columns, as_ids(columns.index, p), True)
+                first = problem.first_column
+                ids = as_ids(columns.index, p) + first
+                p_hat = sampled(p, filt, eps, seed, as_ids(index, p), columns, ids, True, first)
             mass[index] += p_hat.sum(1) + p_t
             hits[index] += (p_hat > 0).sum(1) + (p_t > 0)
             deviation[index] += (p_hat - p).abs_().sum(1) + off_t

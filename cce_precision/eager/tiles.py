@@ -108,9 +108,10 @@ def local_targets(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
 
 
 def target_positions(problem: Problem, order: Tensor | None) -> Tensor:
-    """Targets (N,) in visiting order; -1 stays -1."""
+    """Targets (N,) in visiting order; -1 and ELSEWHERE stay as they are."""
     if order is None:
         return problem.targets
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)
-    return torch.where(problem.targets >= 0, rank[problem.targets.clamp(min=0)], -1)
+    here = (problem.targets >= 0) & (problem.targets < problem.v)
+    return torch.where(here, rank[problem.targets.clamp(0, problem.v - 1)], problem.targets)

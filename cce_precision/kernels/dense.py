@@ -18,6 +18,7 @@ from torch import Tensor
 from ..numerics import Accumulation, Operand
 from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, write_dz
+from .record import candidates
 from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, matvec, row_terms, weighted_sum
 from .tile_filter import tile_product
 
@@ -75,12 +76,13 @@ def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
 
 
 def positions(targets: Tensor, order: Tensor | None) -> Tensor:
-    """Targets (N,) in visiting order; -1 stays -1."""
+    """Targets (N,) in visiting order; -1 and ELSEWHERE stay as they are."""
     if order is None:
         return targets
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)
-    return torch.where(targets >= 0, rank[targets.clamp(min=0)], -1)
+    v = order.numel()
+    return torch.where((targets >= 0) & (targets < v), rank[targets.clamp(0, v - 1)], targets)
 
 
 def tile_filter_of(problem: Problem, plan: Plan) -> TileFilter | None:
@@ -110,40 +112,56 @@ class EmbeddingSums:
         total = torch.zeros((problem.n, problem.d), dtype=problem.e.dtype, device=problem.e.device)
         return EmbeddingSums(total, torch.zeros_like(total) if accum is Accumulation.KAHAN else None, accum)
 
-    def result(self, problem: Problem, terms: RowTerms) -> Tensor:
+    def result(self, problem: Problem, terms: RowTerms, partial: bool) -> Tensor:
+        dtype = torch.float32 if partial else problem.e.dtype
         if self.accum is not Accumulation.FP32:
-            return self.total
-        out = torch.empty(self.total.shape, dtype=problem.e.dtype, device=self.total.device)
+            return self.total.to(dtype)
+        out = torch.empty(self.total.shape, dtype=dtype, device=self.total.device)
         return torch.mul(self.total, terms.scale, out=out)
 
 
-def no_tokens(problem: Problem, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def no_tokens(
+    problem: Problem, plan: Plan, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of an empty sum."""
     inputs = (problem.e, problem.c, problem.bias)
     d_e, d_c, d_bias = (torch.zeros_like(x) if wanted and x is not None else None for x, wanted in zip(inputs, need))
-    return d_e, d_c, d_bias
+    return d_e.float() if d_e is not None and plan.partial_e else d_e, d_c, d_bias
 
 
 def backward_by_runs(
-    problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool]
+    problem: Problem,
+    plan: Plan,
+    heads: Heads,
+    upstream: Upstream,
+    need: tuple[bool, bool, bool],
+    record: Tensor | None,  # of the forward pass, see record.py; None or empty: every tile is computed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dE, dC, dbias) in the dtypes of e, c and bias; None where not needed."""
     if problem.n == 0:
-        return no_tokens(problem, need)
+        return no_tokens(problem, plan, need)
     if not plan.variant.filtered:
-        return walk_runs(problem, plan, heads, upstream, need)
+        return walk_runs(problem, plan, heads, upstream, need, None)
     # The tokens that count come first, so that ignored ones share no tile with them.
     first = torch.sort((problem.targets < 0).to(torch.uint8), stable=True).indices
     select = lambda x: x[first] if x is not None and x.numel() else x  # noqa: E731
     packed = dataclasses.replace(problem, e=problem.e[first], targets=problem.targets[first])
-    d_e, d_c, d_bias = walk_runs(packed, plan, Heads(*map(select, heads)), Upstream(*map(select, upstream)), need)
+    known = None if record is None or not record.numel() else (record, first)
+    d_e, d_c, d_bias = walk_runs(
+        packed, plan, Heads(*map(select, heads)), Upstream(*map(select, upstream)), need, known
+    )
     if d_e is not None:
         d_e = torch.empty_like(d_e).index_copy_(0, first, d_e)
     return d_e, d_c, d_bias
 
 
 def walk_runs(
-    problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool]
+    problem: Problem,
+    plan: Plan,
+    heads: Heads,
+    upstream: Upstream,
+    need: tuple[bool, bool, bool],
+    record: tuple[Tensor, Tensor] | None,  # the forward pass's, and the token that each row stood for there
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`backward_by_runs` for at least one token, in the order in which they stand."""
     need_e, need_c, need_bias = need
@@ -172,7 +190,12 @@ def walk_runs(
         run = Run(start, *(None if x is None else x[index] for x in (problem.c, problem.bias, problem.column_weight)))
         operands = [buffer[:, : stop - start] for buffer in dz]
         low = operands[1] if len(operands) > 1 else None
-        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter)
+        chosen = None
+        if record is not None:
+            chosen = candidates(
+                record[0], problem, rows, start, stop - start, record[1], heads.lse, targets, variant.tile
+            )
+        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, chosen)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums
         if d_c is not None and sum_c is not None:
@@ -221,4 +244,4 @@ def walk_runs(
             total_sigma = terms.sigma.sum()
             d_bias -= total_sigma if problem.column_weight is None else problem.column_weight * total_sigma
         out_bias = torch.mul(d_bias, terms.scale).to(problem.bias.dtype)
-    return None if sums_e is None else sums_e.result(problem, terms), d_c, out_bias
+    return None if sums_e is None else sums_e.result(problem, terms, plan.partial_e), d_c, out_bias

@@ -113,10 +113,11 @@ def clean_rows(problem: Problem) -> Tensor:
 def label_rows_kernel(
     out,  # (N, D) fp32
     c,  # (V, D)
-    targets,  # (N,) rows of c, -1 where ignored
+    targets,  # (N,) rows of c, -1 where ignored, V or more where another process holds the row
     label,  # (N,) fp32
     sigma,  # (N,) fp32
     shift,  # (D,) fp32
+    v,
     d,
     stride_c,
     COLUMNS: tl.constexpr,
@@ -129,8 +130,9 @@ def label_rows_kernel(
     target = tl.load(targets + row)
     if target >= 0:
         if LABEL:
-            c_t = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0)
-            value = tl.load(label + row) * c_t.to(tl.float32)
+            here = (j < d) & (target < v)
+            c_t = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=here, other=0)
+            value = tl.where(here, tl.load(label + row) * c_t.to(tl.float32), 0.0)
         if SHIFT:
             value -= tl.load(sigma + row) * tl.load(shift + j, mask=j < d, other=0.0)
     tl.store(out + wide(d) * row + j, value, mask=j < d)
@@ -147,6 +149,7 @@ def label_rows(problem: Problem, terms: RowTerms, shift: Tensor | None) -> Tenso
         terms.label,
         terms.sigma,
         out if shift is None else shift,
+        problem.v,
         problem.d,
         tuple(problem.c.stride()),
         COLUMNS=width,
