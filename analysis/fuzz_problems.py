@@ -22,7 +22,7 @@ from cce_precision.numerics import Path
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import ALL
 
-__all__ = ["CHOICES", "DTYPES", "EDGES", "PATTERNS", "Call", "Knobs", "build", "random_knobs", "sensible"]
+__all__ = ["CHOICES", "DTYPES", "EDGES", "PATTERNS", "Call", "Knobs", "build", "moved", "random_knobs", "sensible"]
 
 EDGES = (1, 2, 15, 16, 17, 127, 128, 129, 255, 257)  # around vector lengths and tile sizes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -127,6 +127,17 @@ class Call:
     plan: Plan
     objective: Objective
     counted: Tensor  # (N,) bool: tokens whose place exists in an unreduced output
+    device: str = "cpu"  # where it runs; all tensors here lie on the CPU
+
+    def placed(self) -> Problem:
+        """The problem on the device that the call runs on."""
+        if self.device == "cpu":
+            return self.problem
+        here = lambda x: None if x is None else moved(x, self.device)  # noqa: E731
+        p = self.problem
+        return dataclasses.replace(
+            p, e=here(p.e), c=here(p.c), targets=here(p.targets), bias=here(p.bias), column_weight=here(p.column_weight)
+        )
 
 
 def sensible(k: Knobs) -> Knobs:
@@ -276,8 +287,18 @@ def _upstream(kind: str, shape: tuple[int, ...], g: torch.Generator, dtype: torc
     return x.to(dtype).double()
 
 
-def build(k: Knobs) -> Call:
-    """The call that the knobs describe: the same for the same knobs, on any machine with this version of PyTorch."""
+def moved(x: Tensor, device: str) -> Tensor:
+    """x on a device, with its strides."""
+    if x.device == torch.device(device):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+def build(k: Knobs, backend: str = "auto", device: str = "cpu") -> Call:
+    """The call that the knobs describe: the same for the same knobs, on any machine with this version of PyTorch.
+
+    `backend` as in `linear_cross_entropy`: "auto" runs the kernels on a GPU and in a process with TRITON_INTERPRET=1.
+    """
     k = sensible(k)
     g = torch.Generator().manual_seed(k.seed)
     e_dtype = DTYPES[k.e_dtype]
@@ -326,14 +347,14 @@ def build(k: Knobs) -> Call:
         "class_weight": weight,
         "temperature": k.temperature,
         "seed": k.seed,
-        "backend": "eager",
+        "backend": backend,
         "return_lse": True,
         "return_entropy": k.use_entropy,
     }
     smooth_weight = weight if k.label_smoothing else None
     problem = Problem(e.reshape(-1, k.d), c, paired, bias, smooth_weight, k.softcap, k.temperature)
-    plan = Plan(variant, k.softcap, k.temperature, k.use_entropy, k.label_smoothing > 0, backend="eager")
-    return Call(k, e, c, targets, bias, options, grads, problem, plan, objective, counted.reshape(-1))
+    plan = Plan(variant, k.softcap, k.temperature, k.use_entropy, k.label_smoothing > 0, backend=backend)
+    return Call(k, e, c, targets, bias, options, grads, problem, plan, objective, counted.reshape(-1), device)
 
 
 def _objective(

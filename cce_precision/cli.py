@@ -34,6 +34,7 @@ EXTRAS = {
     "safetensors": "report",
     "transformers": "transformers",
     "tokenizers": "transformers",
+    "accelerate": "transformers",
     "ray": "ray",
     "hypothesis": "dev",
     "mpmath": "dev",
@@ -196,3 +197,153 @@ def bench(
         benchmark.draw(out, console())
         return
     raise typer.Exit(benchmark.run(plan, console()))
+
+
+@app.command()
+def fuzz(
+    minutes: float = typer.Option(0.0, min=0.0, help="Stop after this long; 0: after --problems, or 10 minutes."),
+    problems: int = typer.Option(0, min=0, help="Stop after so many problems; 0: after --minutes."),
+    backend: str = typer.Option("eager", help="eager, interpreter (Triton's kernels on the CPU) or cuda."),
+    seed: int = typer.Option(0, help="Seed of the campaign: each problem follows from it and its number."),
+    variants: str = typer.Option("all", help="Variants by name, separated by commas, or all."),
+    workers: int = typer.Option(0, min=0, help="Processes; 0: this one (the interpreter always has one of its own)."),
+    out: Path = typer.Option(Path("reports/fuzz"), help="Folder; a campaign that it holds goes on."),
+    replay: Path = typer.Option(None, help="Judge stored failures again: a folder of campaigns, or one file."),
+) -> None:
+    """Random problems against derived bounds; errors above their bound are stored, made small, and can be replayed."""
+    import torch
+
+    from cce_precision.analysis import fuzz_campaign
+    from cce_precision.analysis.fuzz_summary import holds
+    from cce_precision.variants import ALL, get
+
+    torch.set_num_threads(1)
+    if replay is not None:
+        with bad_option("--replay"):
+            rows = fuzz_campaign.replay(replay, workers)
+        for row in rows:
+            said = "holds" if holds(row) else f"FAILS: {row.get('error', 'an error exceeds its bound')}"
+            console().print(f"{row['file']} ({row['backend']}) {json.dumps(row['knobs'])}: {said}", markup=False)
+        raise typer.Exit(0 if all(map(holds, rows)) else 1)
+    with bad_option("--backend/--variants"):
+        found = fuzz_campaign.campaign(
+            problems or None,
+            out,
+            seed=seed,
+            minutes=minutes or (None if problems else 10.0),
+            impls=tuple(ALL) if variants == "all" else tuple(get(name).name for name in names(variants)),
+            backend=backend,
+            workers=workers,
+        )
+    console().print((out / "index.md").read_text(), markup=False)
+    raise typer.Exit(1 if found["violations"] else 0)
+
+
+@app.command()
+def train(
+    model: Path | None = typer.Option(None, help="Folder of a pretrained model to go on from, with its tokenizer."),
+    config: str = typer.Option("llama", help="Without --model: a family of transformers, or a config.json."),
+    size: str = typer.Option("tiny", help="Of a family: tiny, small, medium or large."),
+    impl: str = typer.Option("cce_exact", help="The loss: a variant (cce@2^-10: its threshold), fp32 or unpatched."),
+    compare: str = typer.Option("", help="Several losses, separated by commas, the reference first: a comparison."),
+    seeds: int = typer.Option(1, min=1, help="Runs of each loss, from --seed on."),
+    seed: int = typer.Option(0, help="Draws weights and the order of the windows."),
+    text: list[Path] = typer.Option([], help="Text or JSON lines, plain, .xz or .gz; none: the text that is shipped."),
+    heldout: Path | None = typer.Option(None, help="Text to evaluate on; none: a twentieth of the text."),
+    field: str = typer.Option("text", help="The field of a JSON line that holds its text."),
+    megabytes: float | None = typer.Option(None, min=0.01, help="Only so many million characters of the text."),
+    tokenizer: Path | None = typer.Option(None, help="A tokenizer's JSON file; none: the model's, or a new one."),
+    vocabulary: int = typer.Option(4096, min=257, help="Entries of a new tokenizer."),
+    context: int = typer.Option(128, help="Tokens of a window."),
+    batch: int = typer.Option(16, help="Windows a step, over all processes."),
+    accumulate: int = typer.Option(1, help="Micro-batches of a step."),
+    steps: int = typer.Option(200, help="Optimiser steps."),
+    learning_rate: float = typer.Option(1e-3, help="Its peak, after the warm-up of a tenth of the steps."),
+    precision: str = typer.Option("auto", help="fp32, bf16 (autocast), pure-bf16 (weights too); auto: bf16 on a GPU."),
+    heldout_every: int = typer.Option(50, help="Steps between held-out losses."),
+    gradient_every: int = typer.Option(0, help="Steps between measurements of the head's gradients; 0: none."),
+    checkpoint_every: int = typer.Option(100, help="Steps between checkpoints; 0: only when stopped."),
+    minutes: float | None = typer.Option(None, help="Stops after so long, as Ctrl-C does."),
+    processes: int = typer.Option(1, min=1, help="Runs of a comparison at a time, each a process."),
+    device: str = typer.Option("auto", help="cpu, or auto: a GPU where there is one."),
+    out: Path = typer.Option(Path("reports/train"), help="Folder of the run; the same command resumes there."),
+    fresh: bool = typer.Option(False, help="Throw away what the folder holds of earlier runs."),
+    page: bool = typer.Option(False, "--page-only", help="Train nothing: draw the page from the folder's runs.jsonl."),
+) -> None:
+    """Train a transformers model on local text with any variant, or compare variants from the same start."""
+    import torch
+
+    from cce_precision.analysis import convergence, train_command
+    from cce_precision.analysis.train import Recipe
+
+    if page:
+        with bad_option("--out"):
+            train_command.draw(out, console())
+        return
+    with bad_option("--device"):
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"{device!r} is neither auto nor cpu; CUDA_VISIBLE_DEVICES chooses among GPUs")
+    gpu = device == "auto" and torch.cuda.is_available()
+    with bad_option():
+        recipe = Recipe(
+            impl, None if model is None else str(model), config, size, context, batch, accumulate, steps,
+            learning_rate, warmup=steps // 10, precision=("bf16" if gpu else "fp32") if precision == "auto" else precision,
+            seed=seed, heldout_every=heldout_every, gradient_every=gradient_every, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        todo = (
+            convergence.Comparison(recipe, tuple(names(compare)), tuple(range(seed, seed + seeds))) if compare else None
+        )
+        if seeds > 1 and not compare:
+            raise ValueError("--seeds belongs to --compare; one run has --seed")
+        try:
+            tokens = train_command.load(
+                recipe, text, heldout, tokenizer=tokenizer, vocabulary=vocabulary, field=field, megabytes=megabytes,
+                console=console(),
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+        if fresh:
+            train_command.clear(out)
+        target = None if gpu else "cpu"
+        if todo is None:
+            code = train_command.alone(recipe, tokens, out, console(), device=target, minutes=minutes)
+        else:
+            code = train_command.compare(
+                todo, tokens, out, console(), device=target, processes=processes, minutes=minutes
+            )
+    raise typer.Exit(code)
+
+
+@app.command()
+def measure(
+    head: str = typer.Argument("captured", help="A captured head, FILE.safetensors, or a case's name."),
+    impl: str = typer.Option("baseline,cce_exact", help="Variants by name, separated by commas, or all."),
+    dtype: str = typer.Option("auto", help="bf16, fp16, fp32; auto: as captured."),
+    tokens: int = typer.Option(0, min=0, help="Only so many tokens; 0: all."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    rows: int = typer.Option(256, min=1, help="Tokens to look at."),
+    columns: int = typer.Option(256, min=1, help="Vocabulary rows to look at."),
+    confidence: float = typer.Option(0.95, help="Of the intervals."),
+    lse: str = typer.Option("fp32", help="Log-sum-exps of the tokens not looked at: fp32 (with a radius) or fp64."),
+    workspace_mb: int = typer.Option(0, min=0, help="Workspace of the variants in MiB; 0: the default."),
+    seed: int = typer.Option(0, help="Seed of the sample, of synthetic cases and of variants that sample."),
+    as_json: bool = typer.Option(False, "--json", help="The results as JSON."),
+) -> None:
+    """Exact errors of variants on a head of any size, from a random sample of rows, with confidence intervals."""
+    from cce_precision.analysis import sampled
+
+    with bad_option():
+        case, chosen = sampled.load(head, dtype, tokens or None, device, seed), sampled.impls(impl)
+    results = {}
+    with bad_option(), console().status("measuring") as status:
+        for name in chosen:
+            status.update(f"{name} on {case.name}")
+            results[name] = sampled.measure_impl(
+                case, name, workspace_mb or None, impl_seed=seed, rows=rows, columns=columns, seed=seed,
+                confidence=confidence, lse=lse,
+            )  # fmt: skip
+    if as_json:
+        print(json.dumps({name: one.as_dict() for name, one in results.items()}, indent=2))
+    else:
+        first = next(iter(results.values()))
+        console().print(sampled.table(results, f"{case.name}: N={first.n}, V={first.v}, D={first.d}, {first.dtype}"))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from cce_precision.analysis.fuzz import campaign, judge
+from cce_precision.analysis.fuzz import judge
+from cce_precision.analysis.fuzz_campaign import campaign, replay, shrink
 from cce_precision.analysis.fuzz_problems import PATTERNS, Knobs, build, random_knobs
+from cce_precision.analysis.fuzz_summary import holds
+from cce_precision.analysis.isolation import Lost, isolated
+from cce_precision.cli import app
 from cce_precision.eager.backward import Backward
 from tests.strategies import EAGER
 
@@ -25,11 +32,18 @@ def test_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_campaign_reports_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong gradient is a violation with its knobs, a crash too."""
-    monkeypatch.setattr(Backward, "target_term", lambda self, index: self.complement[index] * 0)
-    found = campaign(4, tmp_path, seed=1, impls=("cce_exact",))
-    assert found["violations"]
-    assert not judge(Knobs(**found["violations"][0]["knobs"])).holds
+    """A wrong gradient is a violation with its knobs, a crash too; both are stored, made small and replayed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Backward, "target_term", lambda self, index: self.complement[index] * 0)
+        found = campaign(4, tmp_path, seed=1, impls=("cce_exact",))
+        assert found["violations"]
+        first = found["violations"][0]
+        small = Knobs(**first["small"])
+        assert not judge(Knobs(**first["knobs"])).holds and not judge(small).holds
+        assert small.n * small.v * small.d <= 2 and small.seed == 0
+        again = replay(tmp_path)
+        assert len(again) == 2 * len(found["violations"]) and not any(map(holds, again))
+    assert all(map(holds, replay(tmp_path)))
 
     def broken(*arguments: object) -> None:
         raise RuntimeError("out of order")
@@ -37,6 +51,59 @@ def test_campaign_reports_what_it_finds(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Backward, "run", broken)
     found = campaign(2, tmp_path, seed=2, impls=("cce_exact",))
     assert len(found["violations"]) == 2 and "out of order" in found["violations"][0]["error"]
+
+
+def test_campaign_in_other_processes_and_in_the_interpreter(tmp_path: Path) -> None:
+    """The same problems in another process as in this one; kernels interpreted in a process of their own."""
+    names = ("cce_exact", "cce_split")
+    here, there = (campaign(4, tmp_path / str(w), seed=5, impls=names, workers=w) for w in (0, 1))
+    assert here["quantities"] == there["quantities"]
+    found = campaign(2, tmp_path / "interpreter", seed=6, impls=names, backend="interpreter")
+    assert found["problems"] == 2 and not found["violations"]
+    assert "interpreter" in (tmp_path / "interpreter" / "index.md").read_text()
+    with pytest.raises(ValueError, match="backend must be one of eager, interpreter, cuda, got 'gpu'"):
+        campaign(1, tmp_path, backend="gpu")
+    with pytest.raises(ValueError, match="none of the variants has a kernel"):
+        campaign(1, tmp_path, backend="interpreter", impls=("baseline",))
+    with pytest.raises(ValueError, match="minutes"):
+        campaign(None, tmp_path)
+    with pytest.raises(ValueError, match="holds no failure"):
+        replay(tmp_path / "interpreter")
+
+
+def test_the_fuzz_command(tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["fuzz", "--problems", "2", "--variants", "cce_split", "--out", str(tmp_path)])
+    assert run.exit_code == 0 and "2 random problems: no errors above the bound" in run.output
+    run = CliRunner().invoke(app, ["fuzz", "--replay", str(tmp_path)])
+    assert run.exit_code == 2 and "holds no failure" in run.output
+
+
+def test_shrink_keeps_what_fails_and_asks_no_more_than_it_may() -> None:
+    asked = []
+
+    def fails(x: int) -> bool:
+        asked.append(x)
+        return x >= 13
+
+    assert shrink(1000, fails, lambda x: (y for y in (x // 2, x - 1) if y >= 0)) == 13
+    del asked[:]
+    assert shrink(10**6, fails, lambda x: [x - 1], tries=20) == 10**6 - 20
+    assert len(asked) == 20
+
+
+def double(x: int) -> int:
+    """2 x, from a process that dies on 3 and sleeps on 4."""
+    if x == 3:
+        os._exit(7)
+    if x == 4:
+        time.sleep(600)
+    return 2 * x
+
+
+def test_a_process_that_dies_or_sleeps_costs_one_task() -> None:
+    found = dict(isolated(double, (0, 1, 2, 4, 3, 5, 6), workers=1, seconds=2))
+    assert found[3] == Lost("its process ended with code 7") and found[4] == Lost("no answer within 2 s")
+    assert {x: y for x, y in found.items() if x not in (3, 4)} == {x: 2 * x for x in (0, 1, 2, 5, 6)}
 
 
 def test_knobs_are_one_line_of_json() -> None:

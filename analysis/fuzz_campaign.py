@@ -1,0 +1,243 @@
+"""Campaigns of random problems under the oracle: resumable, on the CPU, in Triton's interpreter or on a GPU.
+
+    cce-precision fuzz --problems 10000 --seed 0          cce-precision fuzz --minutes 10 --backend cuda --workers 16
+
+A folder holds rows.jsonl (a problem a line; an interrupted campaign goes on there), failures/ (an example a file: the
+knobs as found, the knobs made small, what was wrong; `--replay` judges them again), summary.json and index.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cce_precision import kernels
+from cce_precision.analysis.fuzz import judge
+from cce_precision.analysis.fuzz_problems import COMPILED, Knobs, build, random_knobs, sensible
+from cce_precision.analysis.fuzz_summary import holds, page, summary
+from cce_precision.analysis.isolation import Lost, isolated
+from cce_precision.numerics import Path as CodePath
+from cce_precision.variants import ALL
+
+__all__ = ["BACKENDS", "campaign", "replay", "shrink"]
+
+BACKENDS = ("eager", "interpreter", "cuda")
+SECONDS = 300.0  # for one problem, a compilation included
+TRIES = 300  # calls that making an example small may take
+Row = dict[str, Any]
+Example = TypeVar("Example")
+
+
+def _judgement(knobs: Knobs, backend: str) -> Row:
+    """What the oracle says of a problem on a backend: its quantities, or the error that was raised."""
+    try:
+        # An interpreting process runs the kernels where they take the call; the others are asked for what they run.
+        verdict = judge(
+            knobs, backend="eager" if backend == "eager" else "triton", device="cuda" if backend == "cuda" else "cpu"
+        )
+    except Exception as error:  # a crash is a finding like any other
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"quantities": {name: asdict(q) for name, q in verdict.quantities.items()}}
+
+
+def _runs(knobs: Knobs, backend: str) -> bool:
+    """Whether a backend takes the call: the kernels do not take all."""
+    if backend == "eager":
+        return True
+    call = build(knobs, "triton", "cuda" if backend == "cuda" else "cpu")
+    return kernels.supports(call.placed(), call.plan) is None
+
+
+def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
+    """Problem `index` of a campaign."""
+    compiled = tuple(k.impl for k in COMPILED[:1] if k.impl in impls)
+    others = tuple(name for name in impls if name not in compiled)
+    drawn = compiled if compiled and (index % 100 == 99 or not others) else others
+    rng = random.Random(f"{seed} {index}")
+    return next(k for k in (random_knobs(rng, drawn) for _ in itertools.count()) if _runs(k, backend))
+
+
+def _row(index: int, seed: int, impls: Sequence[str], backend: str) -> Row:
+    """Problem `index` of a campaign, judged, and made small where it fails."""
+    torch.set_num_threads(1)
+    knobs = _draw(index, seed, impls, backend)
+    row = {"index": index, "seed": seed, "backend": backend, "knobs": json.loads(knobs.to_json())}
+    row |= _judgement(knobs, backend)
+    if not holds(row):
+        small = shrink(knobs, lambda k: _runs(k, backend) and not holds(_judgement(k, backend)), _smaller)
+        row["small"] = json.loads(small.to_json())
+    return row
+
+
+# Making an example small.
+
+
+def shrink(
+    example: Any, fails: Callable[[Any], bool], smaller: Callable[[Any], Iterable[Any]], tries: int = TRIES
+) -> Any:
+    """The last of a chain of `smaller` examples that all fail, found with at most `tries` calls of `fails`."""
+    seen = {example}
+    progress = True
+    while progress:
+        progress = False
+        for candidate in smaller(example):
+            if candidate in seen:
+                continue
+            if len(seen) > tries:
+                return example
+            seen.add(candidate)
+            if fails(candidate):
+                example, progress = candidate, True
+                break
+    return example
+
+
+def _smaller(k: Knobs) -> Iterator[Knobs]:
+    """Simpler knobs: a feature less, then smaller sizes."""
+    for f in dataclasses.fields(Knobs):
+        if f.name not in ("n", "v", "d", "impl", "seed") and getattr(k, f.name) != f.default:
+            simpler: dict[str, Any] = {f.name: f.default}
+            yield sensible(dataclasses.replace(k, **simpler))
+    for name in ("n", "v", "d"):
+        size = getattr(k, name)
+        for less in dict.fromkeys((1, size // 2, size - 1)):
+            if 0 < less < size:
+                yield sensible(dataclasses.replace(k, **{name: less}))
+    if k.seed:
+        yield dataclasses.replace(k, seed=0)
+
+
+# The folder.
+
+
+def _read(path: Path, seed: int, backend: str) -> dict[int, Row]:
+    """The rows of an earlier run of the same campaign; a last line that was cut short is left out."""
+    rows: dict[int, Row] = {}
+    if not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if (row["seed"], row.get("backend", "eager")) == (seed, backend):
+                rows[row["index"]] = row
+    return rows
+
+
+def _store(row: Row, folder: Path) -> None:
+    """A failure as a file that `replay` reads, named by its knobs."""
+    folder.mkdir(exist_ok=True)
+    name = hashlib.sha256(json.dumps(row["knobs"], sort_keys=True).encode()).hexdigest()[:12]
+    entry = {key: value for key, value in row.items() if key != "index"}
+    (folder / f"{row['backend']}-{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
+
+
+def _spread(
+    work: Callable[[Any], Row], tasks: Iterable[Any], backend: str, workers: int
+) -> Iterator[tuple[Any, Row | Lost]]:
+    """`work` on all tasks, in this process (no workers) or in others; the interpreter always has one of its own."""
+    if not workers and backend != "interpreter":
+        return ((task, work(task)) for task in tasks)
+    settings = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if backend == "interpreter" else {})
+    return isolated(work, tasks, workers=max(workers, 1), seconds=SECONDS, environment=settings)
+
+
+def campaign(
+    problems: int | None,
+    out: Path,
+    *,
+    seed: int = 0,
+    minutes: float | None = None,
+    impls: Sequence[str] = tuple(ALL),
+    backend: str = "eager",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Judges `problems` random problems, or as many as `minutes` allow, and writes what it found; returns the summary.
+
+    `torch_compile` takes part with one problem in a hundred, of few shapes, because each shape is a compilation.
+    Interrupted, it writes what it has; called again, it goes on. Raises ValueError for an unknown backend or no limit.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if problems is None and minutes is None:
+        raise ValueError("a campaign needs a number of problems, or minutes")
+    if backend != "eager":
+        impls = tuple(name for name in impls if ALL[name].path is CodePath.TILED)
+    if not impls:
+        raise ValueError(f"none of the variants has a kernel, so backend {backend!r} runs none")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "rows.jsonl"
+    rows = _read(path, seed, backend)
+    cut_short = path.exists() and not path.read_text().endswith("\n")
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def todo() -> Iterator[int]:
+        for index in itertools.count() if problems is None else range(problems):
+            if ends is not None and time.monotonic() > ends:
+                return
+            if index not in rows:
+                yield index
+
+    work = functools.partial(_row, seed=seed, impls=impls, backend=backend)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with path.open("a") as file, Progress(*columns) as bar, contextlib.suppress(KeyboardInterrupt):
+        task = bar.add_task("problems", total=problems, completed=sum(problems is None or i < problems for i in rows))
+        failures = 0
+        file.write("\n" * cut_short)
+        for index, found in _spread(work, todo(), backend, workers):
+            if isinstance(found, Lost):
+                knobs = json.loads(_draw(index, seed, impls, backend).to_json()) if backend != "interpreter" else {}
+                found = {"index": index, "seed": seed, "backend": backend, "knobs": knobs, "error": found.reason}
+            rows[index] = found
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            if not holds(found):
+                failures += 1
+                if found["knobs"]:
+                    _store(found, out / "failures")
+            bar.update(task, advance=1, description=f"problems, {failures} failures")
+    result = summary([rows[i] for i in sorted(rows) if problems is None or i < problems], seed, backend)
+    (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "index.md").write_text(page(result))
+    return result
+
+
+def replay(folder: Path, workers: int = 0) -> list[Row]:
+    """The stored examples below a folder, or the one in a file, judged again: as found and as made small.
+
+    Each row names its file, its knobs, and holds quantities or an error. Raises ValueError where there is none.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.rglob("failures/*.json")) or sorted(folder.glob("*-*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no failure of a campaign")
+    entries = [(file, json.loads(file.read_text())) for file in files]
+    result: list[Row] = []
+    for backend in BACKENDS:
+        tasks = [
+            (str(file), Knobs(**entry[key]))
+            for file, entry in entries
+            for key in ("knobs", "small")
+            if entry["backend"] == backend and key in entry
+        ]
+        for (name, knobs), found in _spread(functools.partial(_again, backend=backend), tasks, backend, workers):
+            row = {"error": found.reason} if isinstance(found, Lost) else found
+            result.append({"file": name, "backend": backend, "knobs": json.loads(knobs.to_json())} | row)
+    return result
+
+
+def _again(task: tuple[str, Knobs], backend: str) -> Row:
+    torch.set_num_threads(1)
+    return _judgement(task[1], backend)
