@@ -284,16 +284,18 @@ def train(
         if device not in ("auto", "cpu"):
             raise ValueError(f"{device!r} is neither auto nor cpu; CUDA_VISIBLE_DEVICES chooses among GPUs")
     gpu = device == "auto" and torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if gpu else "fp32"
     with bad_option():
         recipe = Recipe(
             impl, None if model is None else str(model), config, size, context, batch, accumulate, steps,
-            learning_rate, warmup=steps // 10, precision=("bf16" if gpu else "fp32") if precision == "auto" else precision,
-            seed=seed, heldout_every=heldout_every, gradient_every=gradient_every, checkpoint_every=checkpoint_every,
+            learning_rate, warmup=steps // 10, precision=precision, seed=seed,
+            heldout_every=heldout_every, gradient_every=gradient_every, checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        todo = (
-            convergence.Comparison(recipe, tuple(names(compare)), tuple(range(seed, seed + seeds))) if compare else None
-        )
-        if seeds > 1 and not compare:
+        todo = None
+        if compare:
+            todo = convergence.Comparison(recipe, tuple(names(compare)), tuple(range(seed, seed + seeds)))
+        elif seeds > 1:
             raise ValueError("--seeds belongs to --compare; one run has --seed")
         try:
             tokens = train_command.load(
