@@ -81,11 +81,11 @@ def outputs(call: Call) -> dict[str, Tensor]:
     """Runs the call where it belongs: the value of its objective, lse and entropy (flat, 0 where without a place), the
     gradients; all on the CPU.
     """
-    here = lambda x: None if x is None else moved(x, call.device)  # noqa: E731
-    leaves = [here(x.detach()).requires_grad_() for x in (call.e, call.c, call.bias) if x is not None]
+    inputs = (call.e, call.c, call.bias)
+    leaves = [moved(x.detach(), call.device).requires_grad_() for x in inputs if x is not None]
     bias = leaves[2] if call.bias is not None else None
-    targets = here(call.targets)
-    options = call.options | {"class_weight": here(call.options["class_weight"])}
+    targets, weight = moved(call.targets, call.device), call.options["class_weight"]
+    options = call.options | {"class_weight": None if weight is None else moved(weight, call.device)}
     result: Any = linear_cross_entropy(leaves[0], leaves[1], targets, bias, **options)
     heads: dict[str, Tensor] = {"loss": result[0], "lse": result[1]}
     if call.knobs.use_entropy:
@@ -93,7 +93,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
     if "z_loss" in call.grads:
         k = call.knobs
         heads["z_loss"] = compute_z_loss(heads["lse"], targets, k.shift, k.ignore_index, k.reduction)
-    upstream = {name: here(g) for name, g in call.grads.items()}
+    upstream = {name: moved(g, call.device) for name, g in call.grads.items()}
     gradients = torch.autograd.grad([heads[name] for name in upstream], leaves, list(upstream.values()))
     heads = {name: head.detach().cpu() for name, head in heads.items()}
     flat = {name: _flat(call, head) for name, head in heads.items() if name in ("lse", "entropy")}

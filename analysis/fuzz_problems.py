@@ -133,11 +133,10 @@ class Call:
         """The problem on the device that the call runs on."""
         if self.device == "cpu":
             return self.problem
-        here = lambda x: None if x is None else moved(x, self.device)  # noqa: E731
         p = self.problem
-        return dataclasses.replace(
-            p, e=here(p.e), c=here(p.c), targets=here(p.targets), bias=here(p.bias), column_weight=here(p.column_weight)
-        )
+        tensors = {f.name: x for f in dataclasses.fields(p) if isinstance(x := getattr(p, f.name), Tensor)}
+        changes: dict[str, Any] = {name: moved(x, self.device) for name, x in tensors.items()}
+        return dataclasses.replace(p, **changes)
 
 
 def sensible(k: Knobs) -> Knobs:

@@ -127,7 +127,7 @@ def isolated(
             ready = wait(list(busy), timeout=max(0.0, left))
             late = [pipe for pipe, worker in busy.items() if pipe not in ready and worker.deadline <= time.monotonic()]
             for pipe in [*ready, *late]:
-                worker = busy.pop(pipe)  # type: ignore[arg-type]
+                worker = busy.pop(pipe)  # type: ignore[call-overload]
                 result: Result | Lost = Lost(f"no answer within {seconds:g} s")
                 usable = False
                 if pipe in ready:
