@@ -1,0 +1,174 @@
+"""Survey sampling for `sampled`: which rows to look at, and what they say of all, with confidence intervals.
+
+Rows are drawn without replacement with unequal probabilities (`draw`): a mean of several sets of weights, so that no
+row is left out because one of them is misleading. What is estimated are ratios of totals, sum a / sum b, and quantiles.
+
+Sources: Horvitz and Thompson 1952 (totals); Hartley and Rao 1962 (systematic sampling in random order); Hajek 1964 (its
+variance); Woodruff 1952 (quantiles); Särndal, Swensson and Wretman, Model Assisted Survey Sampling, 1992 (ratios).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["Interval", "Sample", "draw", "t_quantile"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval; `high` is infinite where the sample cannot say."""
+
+    value: float
+    low: float
+    high: float
+
+    def widened(self, radius: float) -> Interval:
+        """The same where every value may be off by `radius` more; not below 0."""
+        return Interval(self.value, max(0.0, self.low - radius), self.high + radius)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """Quantile of Student's t with `freedom` >= 1 degrees; within 5 % for 2 and 1 % from 3 on (Abramowitz and Stegun
+    26.7.5), exact for 1."""
+    if freedom <= 1:
+        return math.tan(math.pi * (level - 0.5))
+    z = NormalDist().inv_cdf(level)
+    if freedom == 2:
+        return (2 * level - 1) * math.sqrt(2 / (4 * level * (1 - level)))
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
+
+
+def _inclusion(weight: Tensor, size: int) -> Tensor:
+    """(M,) probabilities that sum to `size`, proportional to `weight` and at most 1."""
+    chosen = torch.zeros_like(weight, dtype=torch.bool)  # rows that are taken for certain
+    while True:
+        left = size - int(chosen.sum())
+        rest = torch.where(chosen, 0.0, weight)
+        probability = torch.where(chosen, 1.0, rest * (left / rest.sum()))
+        more = (probability >= 1) & ~chosen
+        if not bool(more.any()):
+            return probability
+        chosen |= more
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows drawn from a population, each with the probability that it was; fp64 on the CPU."""
+
+    index: Tensor  # (B,) int64, ascending
+    probability: Tensor  # (B,) in (0, 1]
+    population: int
+    complete: bool = False  # whether it holds every row
+
+    def total(self, x: Tensor) -> float:
+        """Estimate of the sum of x (B,) over the population."""
+        return float((x / self.probability).sum())
+
+    def ratio(self, a: Tensor, b: Tensor, confidence: float) -> Interval:
+        """sum a / sum b over the population, a and b (B,) non-negative; 0 for 0/0. The interval is symmetric in the
+        logarithm."""
+        above, below = self.total(a), self.total(b)
+        if above == 0:
+            return Interval(0.0, 0.0, 0.0 if self.complete else math.inf if below == 0 else self.unseen(confidence))
+        if below == 0 or not math.isfinite(above):
+            return Interval(math.inf, math.inf, math.inf)
+        value = above / below
+        variance, freedom = self._variance((a - value * b) / self.probability)
+        if variance == 0:
+            return Interval(value, value, value)
+        level = (1 + confidence) / 2
+        factor = math.exp(min(700.0, t_quantile(level, freedom) * math.sqrt(variance) / above))
+        return Interval(value, value / factor, value * factor)
+
+    def unseen(self, confidence: float) -> float:
+        """Largest share of the rows that can differ from all those drawn: (1 - share)^draws = 1 - confidence, where a
+        row counts as drawn as often as the least likely one."""
+        if self.complete:
+            return 0.0
+        draws = float(self.probability.min()) * self.population
+        return 1 - (1 - confidence) ** (1 / max(draws, 1.0))
+
+    def _variance(self, expanded: Tensor) -> tuple[float, float]:
+        """(variance of an estimated total, degrees of freedom) from the summands d / probability: Hajek's estimator."""
+        chance = 1 - self.probability
+        n, spread = int((chance > 0).sum()), float(chance.sum())
+        if n == 0:
+            return 0.0, math.inf
+        if n == 1:
+            return float((chance * expanded.square()).sum()), 1.0
+        centred = expanded - (chance * expanded).sum() / spread
+        squares = chance * centred.square()
+        total = float(squares.sum())
+        # Satterthwaite: few rows that carry the variance are few degrees of freedom
+        freedom = total**2 / float(squares.square().sum()) - 1 if total > 0 else n - 1
+        return n / (n - 1) * total, max(1.0, freedom)
+
+    def quantile(self, x: Tensor, level: float, confidence: float, low: Tensor, high: Tensor) -> Interval:
+        """Quantile of x over the population, x (B,) between `low` and `high`; Woodruff's interval by Wilson's score.
+
+        `high` of the interval is infinite where fewer than one row of the sample is expected above it.
+        """
+        weight = 1 / self.probability
+        total = float(weight.sum())
+
+        def at(values: Tensor, place: float, after: int = 0) -> float:
+            ordered, order = values.sort()
+            share = weight[order].cumsum(0) / total
+            return float(ordered[min(max(0, int(torch.searchsorted(share, place - 1e-12)) + after), len(ordered) - 1)])
+
+        value = at(x, level)
+        chance = level * (1 - level)
+        doubt = float(((1 - self.probability) * weight.square()).sum()) / total**2  # 1 / effective size
+        if doubt == 0:
+            return Interval(value, at(low, level), at(high, level))
+        # Rows beyond the quantile may be those with the large weights: what the sample shows of that counts too.
+        shown, _ = self._variance(((x <= value).double() - level) * weight)
+        z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * max(doubt, shown / total**2 / chance)
+        centre, half = level + z2 / 2, math.sqrt(z2 * (chance + z2 / 4))
+        least, most = ((centre + sign * half) / (1 + z2) for sign in (-1, 1))
+        return Interval(value, at(low, least, -1), math.inf if 1 - most < doubt else at(high, most))
+
+    def where(self, kept: Tensor) -> Sample:
+        """The part of the sample that lies in a domain; `kept` (B,) bool. The population's size is estimated."""
+        part = self.probability[kept]
+        return Sample(self.index[kept], part, round(float((1 / part).sum())), self.complete)
+
+
+def draw(weights: Sequence[Tensor], size: int, seed: int) -> Sample:
+    """`size` rows of a population without replacement, or all where it is no larger.
+
+    A row's probability is the mean of those that each of `weights`, (M,) non-negative, gives it, at most 1: rows that
+    one set of weights favours are drawn without leaving the others out. A set whose sum is 0 takes no part.
+
+    Raises ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"the number of sampled rows must be at least 1, got {size!r}")
+    count = len(weights[0])
+    if size >= count:
+        return Sample(torch.arange(count), torch.ones(count, dtype=torch.float64), count, complete=True)
+    parts = [w.double() / w.double().sum() for w in weights if float(w.sum()) > 0]
+    probability = _inclusion(torch.stack(parts).mean(0), size)
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=random)
+    edges = probability[order].cumsum(0)
+    edges[-1] = size  # against the rounding of the sum
+    marks = torch.arange(size) + torch.rand((), generator=random, dtype=torch.float64)
+    place = torch.searchsorted(edges, marks, right=True).clamp(max=count - 1)
+    index = order[place].unique()  # a probability of 1 that rounding made larger would come twice
+    return Sample(index, probability[index], count)
