@@ -16,7 +16,7 @@ from torch import Tensor
 from . import eager, kernels
 from .problem import Heads, Plan, Problem, Statistics, Upstream
 
-__all__ = ["choose_backend", "heads_of", "statistics_of"]
+__all__ = ["backward_of", "choose_backend", "forward_of", "heads_of", "statistics_of"]
 
 
 def _problem(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, plan: Plan) -> Problem:
@@ -189,6 +189,32 @@ def heads_of(problem: Problem, plan: Plan, seed: Tensor) -> Heads:
         problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
     )
     return Heads(*outputs[:5])
+
+
+def forward_of(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
+    """The heads of a tiled variant and the record for `backward_of`, for callers that differentiate by themselves."""
+    outputs = torch.ops.cce_precision.forward(
+        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
+    )
+    return Heads(*outputs[:5]), outputs[5]
+
+
+def backward_of(
+    problem: Problem,
+    plan: Plan,
+    heads: tuple[Tensor, Tensor, Tensor],  # nll, lse, entropy
+    upstream: Upstream,
+    need: tuple[bool, bool, bool],
+    seed: Tensor,
+    record: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dE, dC, dbias) of a tiled variant; empty where not needed."""
+    gradients = torch.ops.cce_precision.backward(
+        [problem.e.new_empty(0, dtype=heads[0].dtype) if g is None else g for g in upstream], list(heads), record,
+        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode(),
+        [int(x) for x in need],
+    )  # fmt: skip
+    return gradients
 
 
 @torch.no_grad()

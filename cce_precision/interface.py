@@ -13,7 +13,7 @@ from . import validation
 from .autograd import choose_backend, heads_of, statistics_of
 from .eager import plain_heads
 from .numerics import Path, Variant
-from .parallel import VocabParallelOptions
+from .parallel import VocabParallelOptions, check_options, check_shares, common_seed, heads_of_shares
 from .problem import Heads, Plan, Problem
 from .variants import DEFAULT, get
 
@@ -100,7 +100,8 @@ def linear_cross_entropy(
         nothing. accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
         filter_e_grad, filter_c_grad: False leaves that gradient unfiltered.
         impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record.
-        vocab_parallel_options: not available in this version; anything but None raises.
+        vocab_parallel_options: c (and bias) are this process's rows of a classifier that processes share; e, targets
+            and class_weight (of the whole vocabulary) are the same on all of them; see `VocabParallelOptions`.
         backend: "triton" demands the kernels, "eager" plain PyTorch, "auto" takes the kernels where they can run.
         tolerance: not available in this version; anything but None raises.
         workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default.
@@ -137,17 +138,14 @@ def linear_cross_entropy(
         label_smoothing, temperature,
     )  # fmt: skip
     validation.check_options(options)
-    validation.check_tensors(e, c, targets, bias, class_weight, options)
-    if vocab_parallel_options is not None:
-        raise ValueError(
-            "vocab_parallel_options must be None: no variant of this version runs vocabulary-parallel, "
-            f"got {vocab_parallel_options!r}"
-        )
+    share = check_options(vocab_parallel_options, return_stats)
+    validation.check_tensors(e, c, targets, bias, class_weight, options, share)
     variant = variant.configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
     e, c, bias = _autocast(e, c, bias)
     offset = int(shift)
     flat_targets = _flatten_targets(targets, ignore_index, offset)
-    if validation.should_check_range(options, targets):
+    check = validation.should_check_range(options, targets)
+    if check and share is None:
         validation.check_range(targets[..., offset:], ignore_index, c.shape[0])
 
     plan = Plan(
@@ -160,8 +158,12 @@ def linear_cross_entropy(
         backend=backend,
         workspace_mb=workspace_mb,
     )
-    if reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy):
+    if share is not None:
+        plan = dataclasses.replace(plan, partial_e=True, first_column=share.start)
+    elif reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy):
         plan = dataclasses.replace(plan, one_pass=_wanted_gradients(e, c, bias))
+    if variant.filtered and variant.path is Path.TILED:
+        plan = dataclasses.replace(plan, want_record=_wanted_gradients(e, c, bias) is not None)
     compute_dtype = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
     weight = None if class_weight is None else class_weight.detach().to(compute_dtype)
     problem = Problem(
@@ -169,17 +171,26 @@ def linear_cross_entropy(
         c,
         flat_targets,
         bias,
-        weight if plan.want_smooth else None,
+        (weight if weight is None or share is None else weight[share.start : share.stop]) if plan.want_smooth else None,
         plan.softcap,
         plan.temperature,
+        plan.first_column,
     )
     draw = _seed(seed, e.device) if variant.random else torch.zeros((), dtype=torch.int64, device=e.device)
-    if variant.path is Path.TILED:
+    v: int | Tensor = c.shape[0]
+    if share is not None:
+        draw = common_seed(draw, share.group) if variant.random and seed is None else draw
+        heads, shares = heads_of_shares(problem, plan, draw, share)
+        v = shares.vocabulary
+        if check:
+            v = check_shares(shares, class_weight)
+            validation.check_range(targets[..., offset:], ignore_index, v)
+    elif variant.path is Path.TILED:
         heads = heads_of(problem, plan, draw)
     else:
         heads = plain_heads(problem, plan, want_lse=return_lse or return_stats)
 
-    per_token = _per_token_loss(heads, flat_targets, weight, label_smoothing, c.shape[0])
+    per_token = _per_token_loss(heads, flat_targets, weight, label_smoothing, v)
     unflatten = lambda x: x.view(targets.shape)[..., : targets.shape[-1] - offset] if offset else x.view(targets.shape)  # noqa: E731
     loss = unflatten(per_token) if reduction == "none" else _reduce(per_token, flat_targets, weight, reduction)
     lse = unflatten(heads.lse) if return_lse else None
@@ -229,7 +240,7 @@ def _seed(seed: int | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _per_token_loss(heads: Heads, targets: Tensor, weight: Tensor | None, smoothing: float, v: int) -> Tensor:
+def _per_token_loss(heads: Heads, targets: Tensor, weight: Tensor | None, smoothing: float, v: int | Tensor) -> Tensor:
     """(N,) losses from the heads: (1 - smoothing) w_t nll + smoothing / V sum_j w_j (lse - z_j), as
     `F.cross_entropy`."""
     loss = heads.nll

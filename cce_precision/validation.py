@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "eager")
+
+
+class Share(Protocol):
+    """The rows [start, stop) of a classifier."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
 
 
 class Options(NamedTuple):
@@ -102,9 +111,16 @@ def check_options(options: Options) -> None:
 
 
 def check_tensors(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, class_weight: Tensor | None, options: Options
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    options: Options,
+    share: Share | None = None,
 ) -> None:
-    """Raises TypeError or ValueError for tensors that do not belong together."""
+    """Raises TypeError or ValueError for tensors that do not belong together. `share`: the rows [start, stop) of the
+    whole classifier that c and bias are."""
     for name, x in (("e", e), ("c", c), ("targets", targets), ("bias", bias), ("class_weight", class_weight)):
         if x is None and name in ("bias", "class_weight"):
             continue
@@ -122,7 +138,12 @@ def check_tensors(
     for name, x in (("c", c), ("targets", targets), ("bias", bias), ("class_weight", class_weight)):
         if x is not None and x.device != e.device:
             raise ValueError(f"{name} must be on the device of e, {e.device}, got {x.device}")
-    if c.ndim != 2 or 0 in c.shape:
+    if share is not None and (c.ndim != 2 or c.shape[0] != share.stop - share.start or c.shape[1] == 0):
+        raise ValueError(
+            f"c must have shape ({share.stop - share.start}, D), the rows [{share.start}, {share.stop}) that "
+            f"vocab_parallel_options gives this process, with D >= 1, got {tuple(c.shape)}"
+        )
+    if share is None and (c.ndim != 2 or 0 in c.shape):
         raise ValueError(f"c must have shape (V, D) with V >= 1 and D >= 1, got {tuple(c.shape)}")
     if e.ndim < 2 or e.shape[-1] != c.shape[1]:
         raise ValueError(
@@ -133,9 +154,17 @@ def check_tensors(
             f"targets must have shape {tuple(e.shape[:-1])}, that of e without its last dimension, "
             f"got {tuple(targets.shape)}"
         )
-    for name, x in (("bias", bias), ("class_weight", class_weight)):
-        if x is not None and x.shape != (c.shape[0],):
-            raise ValueError(f"{name} must have shape (V,) = ({c.shape[0]},), got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (c.shape[0],):
+        rows = "(V,)" if share is None else "that of this process's rows of c,"
+        raise ValueError(f"bias must have shape {rows} = ({c.shape[0]},), got {tuple(bias.shape)}")
+    if class_weight is not None:
+        if share is None and class_weight.shape != (c.shape[0],):
+            raise ValueError(f"class_weight must have shape (V,) = ({c.shape[0]},), got {tuple(class_weight.shape)}")
+        if share is not None and (class_weight.ndim != 1 or class_weight.shape[0] < share.stop):
+            raise ValueError(
+                "class_weight must have shape (V,), one weight for each row of the whole classifier on every process, "
+                f"hence at least {share.stop}, got {tuple(class_weight.shape)}"
+            )
     if int(options.shift) > 0 and int(options.shift) >= targets.shape[-1]:
         raise ValueError(
             f"shift must be smaller than the last dimension of targets, {targets.shape[-1]}, got {options.shift!r}"

@@ -34,8 +34,8 @@ RANKS = {
     "eager": 2,
     "kernels": 2,
     "autograd": 3,
-    "parallel": 3,
     "validation": 3,
+    "parallel": 3.5,
     "interface": 4,
     "": 5,  # the package itself: public names only
     "huggingface": 6,
