@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import statistics
 import threading
@@ -139,11 +140,18 @@ def _one(
 ) -> bool:
     """One run of a comparison, unless it is there; whether it is now."""
     folder = out / f"{slug(recipe.method)}-seed{recipe.seed}"
+    summary = folder / "summary.json"
+    if summary.exists():
+        held = json.loads(summary.read_text())
+        if held["recipe"] == asdict(recipe) and held["tokens"]["digest"] == tokens.digest:
+            return True
     if stopped():
-        return (folder / "summary.json").exists()
+        return False
     outcome = run(recipe, tokens, folder, device=device, on_row=on_row, stopped=stopped, keep_model=False)
     if outcome.finished and outcome.curve:
-        (folder / "summary.json").write_text(json.dumps(_summary(recipe, tokens, outcome)) + "\n")
+        summary.write_text(json.dumps(_summary(recipe, tokens, outcome)) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     return outcome.finished
 
 

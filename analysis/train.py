@@ -397,6 +397,9 @@ def run(
             f"batch is {recipe.batch}, it must be a multiple of accumulate x processes = "
             f"{recipe.accumulate} x {accelerator.num_processes}"
         )
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch demands of its products
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a check, not a matter of determinism
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     set_seed(recipe.seed)
     model = build(recipe.model, recipe.config, recipe.size, tokens.vocabulary, recipe.context, recipe.weights)
