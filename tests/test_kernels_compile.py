@@ -68,9 +68,10 @@ def matrix(dtype: str, tma: bool, rows: int, columns: int) -> str:
 
 
 PAIR, TRIPLE = ("i32", "i32"), ("i32", "i32", "i32")
-PLAIN = {"forward": (False,) * 6, "dz": (False,) * 13}
+RECORD = (False,) * 6 + (True,)
+PLAIN = {"forward": (False,) * 7, "dz": (False,) * 13}
 BUSY = {
-    "forward": (True, True, True, True, True, True),
+    "forward": (True,) * 7,
     "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False),
 }
 
@@ -102,9 +103,12 @@ def logits_arguments(
             "partial": FP32,
             "place": I32,
             "target_logit": FP32,
+            "bounds": FP32,
+            "record": I32,
             "splits": "i32",
             "tiles_a_split": "i32",
             "scale": "fp32",
+            "threshold": "fp32",
         }
     else:
         out = matrix(dtype, tma, m, n)
@@ -136,6 +140,14 @@ def test_logits_kernels(kernel: str, arch: str, dtype: str) -> None:
     function = heads.forward_kernel if kernel == "forward" else dz.dz_kernel
     arguments = logits_arguments(kernel, config, dtype, arch != "sm_80", PLAIN[kernel])
     check(arguments, function, arch, num_warps=config.warps, num_stages=config.stages)
+
+
+@pytest.mark.parametrize("arch", sorted(CAPABILITY))
+def test_forward_with_a_record(arch: str) -> None:
+    config = launch._CONFIGS["forward"][arch][2]
+    arguments = logits_arguments("forward", config, "bf16", arch != "sm_80", RECORD)
+    spills = 128  # once a tile, outside the loop over D
+    check(arguments, heads.forward_kernel, arch, spills, num_warps=config.warps, num_stages=config.stages)
 
 
 @pytest.mark.parametrize("arch", sorted(CAPABILITY))
@@ -256,9 +268,10 @@ def hopper_matrix(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows}, {columns}],{_LAYOUT!r}>"
 
 
-DZ_FLAGS = {  # (label, row statistics, chosen row blocks, filter, bias, softcap, split)
+DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, split)
     "dz": (False,) * 7,
     "filter": (True, False, False, True, False, False, False),
+    "filter record": (True, False, True, True, False, False, False),
     "powers": (False, True, True, False, False, False, False),
     "split": (False, False, False, False, True, False, True),
     "softcap": (False, False, False, False, True, True, False),
@@ -268,7 +281,7 @@ DZ_FLAGS = {  # (label, row statistics, chosen row blocks, filter, bias, softcap
 @pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
 )
-@pytest.mark.parametrize("which", ["forward", "forward softcap", *DZ_FLAGS, "input", "kahan"])
+@pytest.mark.parametrize("which", ["forward", "forward softcap", "forward record", *DZ_FLAGS, "input", "kahan"])
 def test_warp_specialised_kernels(which: str) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -288,12 +301,15 @@ def test_warp_specialised_kernels(which: str) -> None:
             "bias": "*bf16",
             "partial": FP32,
             "target_logit": FP32,
+            "bounds": FP32,
+            "record": I32,
             "v": "i32",
             "splits": "i32",
             "tiles_a_split": "i32",
             "scale": "fp32",
             "softcap": "fp32",
-            "FLAGS": Constant(("softcap" in which,) * 2),
+            "threshold": "fp32",
+            "FLAGS": Constant(("softcap" in which, "softcap" in which, "record" in which)),
             "STAGES": Constant(4),
         }
     elif which in DZ_FLAGS:

@@ -95,6 +95,41 @@ def test_the_same_tiles_survive_as_in_the_eager_pass(impl: str) -> None:
         assert bool(((a == 0) == (b == 0)).all())
 
 
+@pytest.mark.parametrize("case", ["flat", "peaked", "ignored", "softcap"])
+def test_the_record_of_the_forward_pass_loses_no_tile(case: str) -> None:
+    """With the record the same bits as without, and fewer tiles to compute where most are dead."""
+    from cce_precision.kernels import dense, record
+
+    n, v, filtered = 40, 280, variants.get("cce").with_eps(0.3)
+    variant = dataclasses.replace(filtered, tile=(16, 32), sort_vocabulary=case != "softcap")
+    plan, seed = Plan(variant, want_record=True), torch.zeros((), dtype=torch.int64)
+    problem = problem_of(n, v, 8, torch.bfloat16, 0.1 if case == "flat" else 2.0)
+    if case == "peaked":
+        problem = dataclasses.replace(problem, targets=(problem.e.float() @ problem.c.float().T).argmax(1))
+    if case == "ignored":
+        problem.targets[3:30:2] = -1
+        problem.e[3:30:2] = torch.nan
+        problem.e[36] = torch.nan
+    if case == "softcap":
+        problem = dataclasses.replace(problem, softcap=3.0, bias=torch.randn(v).bfloat16(), temperature=0.7)
+    heads, bits = kernels.forward(problem, plan)
+    assert bits.shape == record.record_shape(problem, plan) and bits.numel()
+    upstream = Upstream(torch.rand(n))
+    whole, told = (kernels.backward(problem, plan, heads, upstream, (True, True, False), seed, r) for r in (None, bits))
+    for a, b in zip(whole[:2], told[:2]):
+        assert a is not None and b is not None and b.count_nonzero() > 0
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if case in ("flat", "peaked"):
+        order = dense.visiting_order(problem, plan, problem.e)
+        place = dense.positions(problem.targets, order)
+        tokens = torch.arange(n)
+        chosen = record.candidates(bits, problem, order, (0, v), tokens, heads.lse, place, variant.tile)
+        holds_target = torch.zeros_like(chosen)
+        holds_target[tokens // 16, place // 32] = 1
+        assert bool((chosen >= holds_target).all())
+        assert chosen.sum() < chosen.numel() if case == "peaked" else torch.equal(chosen, holds_target)
+
+
 def exact_products(problem: Problem) -> Problem:
     """Multiples of 1/8: every logit is exact, so the interpreter's own order of sums does not show."""
     e, c = ((x.float() * 8).round().clamp(-32, 32).div(8).to(x.dtype) for x in (problem.e, problem.c))
@@ -103,9 +138,9 @@ def exact_products(problem: Problem) -> Problem:
 
 def test_loss_does_not_depend_on_the_batch() -> None:
     problem, plan = exact_products(problem_of(37, 90, 24, torch.bfloat16)), Plan(EXACT, want_entropy=True)
-    whole = kernels.forward(problem, plan)
+    whole, _ = kernels.forward(problem, plan)
     for rows in (slice(0, 1), slice(5, 29), slice(36, 37)):
-        part = kernels.forward(Problem(problem.e[rows], problem.c, problem.targets[rows]), plan)
+        part, _ = kernels.forward(Problem(problem.e[rows], problem.c, problem.targets[rows]), plan)
         for a, b in zip(whole[:3], part[:3]):
             assert torch.equal(a[rows], b)
 
@@ -115,9 +150,9 @@ def test_strided_inputs_give_the_same_bits() -> None:
     problem, plan = exact_products(problem_of(20, 50, 16, torch.bfloat16)), Plan(EXACT)
     strided = Problem(problem.e.T.contiguous().T, problem.c.T.contiguous().T, problem.targets)
     upstream, seed = Upstream(torch.rand(20)), torch.zeros((), dtype=torch.int64)
-    for pair in zip(kernels.forward(problem, plan), kernels.forward(strided, plan)):
+    for pair in zip(kernels.forward(problem, plan)[0], kernels.forward(strided, plan)[0]):
         assert torch.equal(*pair)
-    heads = kernels.forward(problem, plan)
+    heads, _ = kernels.forward(problem, plan)
     a, b = (kernels.backward(p, plan, heads, upstream, (True, True, False), seed) for p in (problem, strided))
     assert all(torch.equal(x, y) for x, y in zip(a[:2], b[:2]))  # type: ignore[arg-type]
 
@@ -127,7 +162,7 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool]) -> None:
     base = problem_of(9, 40, 8, torch.float32)
     problem = Problem(base.e, base.c, base.targets, bias=torch.randn(40))
     plan, seed, upstream = Plan(EXACT), torch.zeros((), dtype=torch.int64), Upstream(torch.ones(9))
-    heads = kernels.forward(problem, plan)
+    heads, _ = kernels.forward(problem, plan)
     whole = kernels.backward(problem, plan, heads, upstream, (True, True, True), seed)
     part = kernels.backward(problem, plan, heads, upstream, need, seed)
     for wanted, a, b in zip(need, part, whole):
@@ -165,7 +200,7 @@ def test_one_pass_gives_the_gradients_of_the_sum(monkeypatch: pytest.MonkeyPatch
         assert got is not None
         comparison = compare(got.to(dtype), getattr(exact, name), getattr(allowed, name) + extra[name] * (1 + 2 * u))
         assert comparison.holds and comparison.tells, (name, comparison)
-    reference = kernels.forward(problem, plan)
+    reference, _ = kernels.forward(problem, plan)
     two = compare(heads.nll, reference.nll, 2 * bound_of_nll(problem, plan))
     assert two.holds, two
 

@@ -12,10 +12,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..numerics import Operand, Path, Variant
+from ..numerics import Accumulation, Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
-__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "scaled", "supports"]
+__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "record_shape", "scaled", "supports"]
 
 
 @functools.cache
@@ -45,19 +45,32 @@ def _variant(variant: Variant, dtype: torch.dtype) -> str | None:
     """Why no kernel computes a variant, or None."""
     if variant.path is not Path.TILED:
         return f"impl {variant.name!r} is plain PyTorch and has no kernel"
-    if variant.operand in (Operand.FP32, Operand.FP32_ABOVE) and dtype is not torch.float32:
-        return f"an fp32 operand beside {dtype} inputs has no kernel (impl {variant.name!r})"
-    return _filter(variant)
+    if any(f.by_tile for f in (variant.filter_e, variant.filter_c)):
+        return _tile_filter(variant, dtype)
+    return _element_filter(variant) if by_element(variant) else None
 
 
-def _filter(variant: Variant) -> str | None:
-    """Why no kernel computes a variant's filters, or None."""
+def by_element(variant: Variant) -> bool:
+    """Whether the backward pass is that of filtered.py: of filters of single entries, or an fp32 operand."""
+    return variant.filtered or variant.operand in (Operand.FP32, Operand.FP32_ABOVE)
+
+
+def _element_filter(variant: Variant) -> str | None:
+    """Why no kernel computes a variant's element filters, or None."""
+    if not variant.label_apart or variant.operand is Operand.INPUT:
+        return "an element filter beside a label in the operand or an operand in the input dtype has no kernel"
+    if {variant.accum_e, variant.accum_c} != {Accumulation.FP32}:
+        return "an element filter beside sums in the input dtype has no kernel"
+    return None
+
+
+def _tile_filter(variant: Variant, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes a variant's tile filters, or None."""
     filters = [f for f in (variant.filter_e, variant.filter_c) if f]
-    for filt in filters:
-        if not filt.by_tile:
-            return f"the {filt.kind.value} element filter of impl {variant.name!r} has no kernel"
-    if not filters:
-        return None
+    if not all(f.by_tile for f in filters):
+        return "a tile filter beside an element filter has no kernel"
+    if variant.operand in (Operand.FP32, Operand.FP32_ABOVE) and dtype is not torch.float32:
+        return f"a tile filter with an fp32 operand beside {dtype} inputs has no kernel (impl {variant.name!r})"
     if filters[0].eps != filters[-1].eps:
         return "two tile filters with different thresholds have no kernel"
     if variant.label_apart or variant.operand is Operand.SPLIT:
@@ -80,8 +93,8 @@ def supports(problem: Problem, plan: Plan) -> str | None:
     return _machine(problem.e.device) or _variant(plan.variant, problem.e.dtype)
 
 
-def forward(problem: Problem, plan: Plan) -> Heads:
-    """The heads of every token, fp32; see kernels/heads.py."""
+def forward(problem: Problem, plan: Plan) -> tuple[Heads, Tensor]:
+    """The heads of every token, fp32, and a record for `backward` (`record_shape` says how large); see heads.py."""
     from .heads import forward as run
 
     with _on(problem.e.device):
@@ -117,16 +130,36 @@ def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
         return run(unit, factor, like)
 
 
+def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """Shape of the int32 record that `forward` leaves: a function of shapes, dtypes, the device and the plan alone."""
+    if not plan.want_record:
+        return 0, 0
+    from .record import record_shape as run
+
+    return run(problem, plan)
+
+
 def backward(
-    problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, need: tuple[bool, bool, bool], seed: Tensor
+    problem: Problem,
+    plan: Plan,
+    heads: Heads,
+    upstream: Upstream,
+    need: tuple[bool, bool, bool],
+    seed: Tensor,
+    record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which
-    have no kernel.
+    have no kernel. `record`: what `forward` left; without it a tile filter computes every tile to find those that live.
     """
+    if by_element(plan.variant) and not plan.variant.filter_e.by_tile and not plan.variant.filter_c.by_tile:
+        from .filtered import backward_filtered
+
+        with _on(problem.e.device):
+            return backward_filtered(problem, plan, heads, upstream, need, seed)
     from .dense import backward_by_runs
 
     with _on(problem.e.device):
-        return backward_by_runs(problem, plan, heads, upstream, need)
+        return backward_by_runs(problem, plan, heads, upstream, need, record)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

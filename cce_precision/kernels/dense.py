@@ -192,9 +192,9 @@ def walk_runs(
         low = operands[1] if len(operands) > 1 else None
         chosen = None
         if record is not None:
-            chosen = candidates(
-                record[0], problem, rows, start, stop - start, record[1], heads.lse, targets, variant.tile
-            )
+            bits, tokens = record
+            run_of = (start, stop - start)
+            chosen = candidates(bits, problem, rows, run_of, tokens, heads.lse, targets, variant.tile)
         sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, chosen)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums

@@ -18,6 +18,7 @@ from ..problem import Problem
 from .heads import operand
 from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, multiprocessors, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
+from .record import units_of
 from .terms import RowTerms
 
 __all__ = ["Run", "TileFilter", "block_rows", "write_dz", "write_powers"]
@@ -37,7 +38,7 @@ def dz_kernel(
     alive,  # (row blocks, column tiles) int32: whether some |P - onehot| of the tile reaches eps; or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     row_stats,  # (2, column tiles, N) fp32 row sums of dZ and row maxima of the logits, or unused
-    chosen,  # (row blocks + 1,) int32: how many row blocks to compute, and which; or unused
+    chosen,  # (units + 1,) int32: how many tiles to compute, and which, see record.units_of; or unused
     shape,  # (N, W, D, position of the first column)
     stride_e,
     stride_c,
@@ -50,7 +51,7 @@ def dz_kernel(
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
     # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of surviving tiles
-    # alone, row statistics, chosen row blocks)
+    # alone, row statistics, chosen tiles)
     FLAGS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,12 +70,14 @@ def dz_kernel(
     FILTER: tl.constexpr = FLAGS[8]
     SKIP: tl.constexpr = FLAGS[9]
     blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
+    units = blocks * tiles
     if FLAGS[12]:
-        blocks = tl.load(chosen)
-    for unit in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
+        units = tl.load(chosen)
+    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
         if FLAGS[12]:
-            block = tl.load(chosen + 1 + block)
+            code = tl.load(chosen + 1 + unit)
+            block, tile = code // tiles, code % tiles
         acc = tl.zeros((M, N), tl.float32)
         for k in range(0, d, K):
             left = load_tile(e, stride_e, block * M, k, n, d, M, K, TMA)
@@ -170,12 +173,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a launch writes beside dZ, and which row blocks it computes (None: all)."""
+    """What a launch writes beside dZ, and which tiles it computes (None: all)."""
 
     sums: Tensor | None = None  # (row blocks, W)
     alive: Tensor | None = None  # (row blocks, column tiles) int32
     row_stats: Tensor | None = None  # (2, column tiles, N)
-    chosen: Tensor | None = None  # (row blocks + 1,) int32: count, then the blocks
+    chosen: Tensor | None = None  # (row blocks, column tiles), not 0: computed
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ def write_dz(
     dz_low: Tensor | None,  # (N, W)
     want_sums: bool,
     tile_filter: TileFilter | None = None,
+    chosen: Tensor | None = None,  # (row blocks, column tiles) of the filter: 0 where a tile is known to be dead
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row
     blocks,
@@ -218,9 +222,10 @@ def write_dz(
     else:
         config = tile_filter.config(run.c)
     grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
-    sums = torch.empty((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
-    alive = torch.empty(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
-    _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive), tile_filter, config)
+    new = torch.empty if chosen is None else torch.zeros  # what is not computed counts as dead
+    sums = new((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
+    alive = new(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
+    _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive, None, chosen), tile_filter, config)
     return None if sums is None else sums.sum(0), alive
 
 
@@ -235,7 +240,7 @@ def _launch(
     tile_filter: TileFilter | None,
     config: Config,
 ) -> None:
-    sums, alive, row_stats, chosen = outputs.sums, outputs.alive, outputs.row_stats, outputs.chosen
+    sums, alive, row_stats = outputs.sums, outputs.alive, outputs.row_stats
     rows, width = e.shape[0], run.c.shape[0]
     tma = descriptor_fits(e) and descriptor_fits(run.c) and descriptor_fits(dz)
     tile = [config.m, config.n]
@@ -253,7 +258,7 @@ def _launch(
         tile_filter is not None and tile_filter.skip,
         tile_filter is not None and tile_filter.columns,
         row_stats is not None,
-        chosen is not None,
+        outputs.chosen is not None,
     )
     bits = 0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0]
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
@@ -269,6 +274,7 @@ def _launch(
             torch.ge(alive, bits, out=alive)
         return
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
+    chosen = None if outputs.chosen is None else units_of(outputs.chosen, config.group)
     unused = terms.terms
     dz_kernel[(min(units, multiprocessors(e.device)),)](
         operand(e, [config.m, config.k], tma),
@@ -309,10 +315,12 @@ def write_powers(
 ) -> Tensor:
     """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1.
 
-    Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`,
-    only those row blocks are computed, into `stats` as well.
+    Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`
+    (row blocks,), only row blocks where it is not 0 are computed, into `stats` as well.
     """
     config = config_for("dz", c)
+    if chosen is not None:
+        chosen = chosen[:, None].expand(-1, triton.cdiv(c.shape[0], config.n))
     if stats is None:
         stats = torch.empty((2, triton.cdiv(c.shape[0], config.n), e.shape[0]), dtype=torch.float32, device=e.device)
     _launch(problem, e, Run(0, c, None, None), terms, powers, None, Outputs(None, None, stats, chosen), None, config)

@@ -28,6 +28,7 @@ from .primitives import (
     LOG2E,
     cap,
     decay_of,
+    either,
     grouped,
     load_tile,
     log1p,
@@ -36,6 +37,7 @@ from .primitives import (
     reference_of,
     wide,
 )
+from .record import first_bounds, record_shape, threshold
 
 __all__ = ["forward"]
 
@@ -55,6 +57,8 @@ def forward_kernel(
     partial,  # (FIELDS, splits, N) fp32
     place,  # (splits, N) int32 column of the best logit, or unused
     target_logit,  # (N,) fp32, before the temperature
+    bounds,  # (N,) fp32 lower bounds of the lse in base 2, raised by the walk; or unused
+    record,  # (row blocks, words) int32 zeros, see record.py; or unused
     shape,  # (N, V, D)
     stride_e,
     stride_c,
@@ -62,12 +66,13 @@ def forward_kernel(
     tiles_a_split,
     softcap,
     scale,  # log2(e) / temperature
+    threshold,  # log2 of the probability that the record asks for
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, argmax)
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, smooth, weight, argmax, record)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -124,7 +129,16 @@ def forward_kernel(
             own = columns[None, :] == target[:, None]
             tl.store(target_logit + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=hit)
             z = tl.where(own, float("-inf"), z)
+        if FLAGS[6]:
+            lowest = tl.maximum(tl.load(bounds + rows, mask=inside, other=float("inf")), tl.max(z, 1) * scale)
+            bit = (columns // 8) % 32
+            found = tl.where(z * scale < (lowest + threshold)[:, None], 0, 1 << bit[None, :])
+            words = tl.reduce(tl.sum(tl.reshape(found, (M, N // 8, 8)), 1), 0, either)
+            at = record + wide(block) * (tl.cdiv(v, 256) * 8) + tile * N // 256 * 8 + tl.arange(0, 8)
+            tl.atomic_or(at, words, mask=words != 0)
         m, s, a = online_softmax_update(m, s, a, z, scale, ENTROPY)
+        if FLAGS[6]:
+            tl.atomic_max(bounds + rows, m * scale + tl.log2(s), mask=inside)
 
     step = wide(n) * splits
     out = partial + wide(n) * split + rows
@@ -249,25 +263,28 @@ def flags_of(problem: Problem, plan: Plan) -> tuple[bool, ...]:
     )
 
 
-def forward(problem: Problem, plan: Plan) -> Heads:
-    """The heads of `problem`, fp32; those that the plan does not ask for are empty. No host synchronisation."""
+def forward(problem: Problem, plan: Plan) -> tuple[Heads, Tensor]:
+    """The heads of `problem`, fp32, and the record of record.py; what the plan does not ask for is empty. No host
+    synchronisation.
+    """
     n, device = problem.n, problem.e.device
     new = functools.partial(torch.empty, device=device, dtype=torch.float32)
     nll, lse = new(n), new(n)
     entropy, smooth = new(n if plan.want_entropy else 0), new(n if plan.want_smooth else 0)
     argmax = torch.empty(n if plan.want_argmax else 0, dtype=torch.int64, device=device)
     heads = Heads(nll, lse, entropy, smooth, argmax)
+    record = torch.zeros(record_shape(problem, plan), dtype=torch.int32, device=device)
     if n == 0:
-        return heads
-    config = tuned("forward", problem.c, lambda candidate: _launch(problem, plan, heads, candidate))
-    _launch(problem, plan, heads, config)
-    return heads
+        return heads, record
+    config = tuned("forward", problem.c, lambda candidate: _launch(problem, plan, heads, record[:0], candidate))
+    _launch(problem, plan, heads, record, config)
+    return heads, record
 
 
-def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
+def _launch(problem: Problem, plan: Plan, heads: Heads, record: Tensor, config: Config) -> None:
     e, c, bias, weight = problem.e, problem.c, problem.bias, problem.column_weight
     n, v, d = problem.n, problem.v, problem.d
-    flags = flags_of(problem, plan)
+    flags = (*flags_of(problem, plan), record.numel() > 0)
     splits, tiles_a_split = splits_of(v, config.n)
     fields = 6 if plan.want_argmax else 5 if plan.want_smooth else 3 if plan.want_entropy else 2
     partial = torch.empty((fields, splits, n), dtype=torch.float32, device=e.device)
@@ -280,10 +297,12 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
         width = tiles_a_split * config.n
         ones = torch.ones(v, dtype=torch.float32, device=e.device) if weight is None else weight.to(torch.float32)
         split_weight = torch.nn.functional.pad(ones, (0, splits * width - v)).view(splits, width).sum(1)
-    if not any(flags[2:]) and tma and hopper_fits(e, config.hopper):
+    bounds = first_bounds(problem, scale) if record.numel() else target_logit
+    if not any(flags[2:6]) and tma and hopper_fits(e, config.hopper):
         from .hopper import launch_forward
 
-        launch_forward(problem, partial, target_logit, tiles_a_split, scale, config.group)
+        outputs = (partial, target_logit, bounds, record)
+        launch_forward(problem, outputs, tiles_a_split, scale, threshold(problem, plan), config.group)
     else:
         forward_kernel[(triton.cdiv(n, config.m) * splits,)](
             operand(e, [config.m, config.k], tma),
@@ -294,6 +313,8 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
             partial,
             place,
             target_logit,
+            bounds,
+            record if record.numel() else place,
             (n, v, d),
             tuple(e.stride()),
             tuple(c.stride()),
@@ -301,6 +322,7 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, config: Config) -> None:
             tiles_a_split,
             float(problem.softcap or 1.0),
             scale,
+            threshold(problem, plan),
             M=config.m,
             N=config.n,
             K=config.k,

@@ -69,7 +69,8 @@ def copy_tiles(
             block = fixed
             tile = unit
         if CHOSEN:
-            block = gl.load(chosen + 1 + block)
+            code = gl.load(chosen + 1 + unit)
+            block, tile = code // tiles, code % tiles
         for k in range(0, d, DEPTH):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
@@ -113,6 +114,11 @@ def tanh(y):
 
 
 @gluon.jit
+def either(a, b):
+    return a | b
+
+
+@gluon.jit
 def softmax_half(
     left,
     right,
@@ -122,6 +128,8 @@ def softmax_half(
     bias,
     partial,
     target_logit,
+    bounds,
+    record,
     block,
     split,
     first,
@@ -132,6 +140,7 @@ def softmax_half(
     splits,
     scale,
     softcap,
+    threshold,
     FLAGS: gl.constexpr,
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
@@ -146,7 +155,10 @@ def softmax_half(
     m = gl.full([HALF], float("-inf"), gl.float32, by_row)
     s = gl.zeros([HALF], gl.float32, by_row)
     count = 0
+    lowest = m
     for tile in range(first, last):
+        if FLAGS[2]:
+            lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
         acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
         z = acc
         local = target - tile * COLUMNS
@@ -165,10 +177,20 @@ def softmax_half(
             z = gl.where(own, float("-inf"), z)
         top = gl.maximum(m, gl.max(z, 1))
         reference = gl.where(top == float("-inf"), 0.0, top * scale)
-        p = gl.exp2(z * scale - reference[:, None])
+        below = z * scale - reference[:, None]
+        p = gl.exp2(below)
         decay = gl.where(m == top, 1.0, gl.exp2((m - top) * scale))
         s = decay * s + gl.sum(p, 1)
         m = top
+        if FLAGS[2]:
+            known = m * scale + gl.log2(s)
+            gl.atomic_max(bounds + rows, known, mask=inside)
+            keep_from = gl.maximum(lowest, known) + threshold - reference
+            found = gl.where(below < keep_from[:, None], 0, 1 << (columns // 8)[None, :])
+            words = gl.reduce(gl.reduce(gl.reshape(found, [HALF, COLUMNS // 8, 8]), 1, either), 0, either)
+            place = gl.arange(0, 8, words.type.layout)
+            at = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
+            gl.atomic_or(at, words, mask=words != 0)
     out = partial + split.to(gl.int64) * n + rows
     gl.store(out, m, mask=inside)
     gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
@@ -182,6 +204,8 @@ def hopper_forward_kernel(
     bias,  # (V,) or unused
     partial,  # (2, splits, N) fp32
     target_logit,  # (N,) fp32
+    bounds,  # (N,) fp32 lower bounds of the lse in base 2, raised by the walk; or unused
+    record,  # (row blocks, words) int32 zeros, see record.py; or unused
     n,
     v,
     d,
@@ -189,7 +213,8 @@ def hopper_forward_kernel(
     tiles_a_split,
     scale,
     softcap,
-    FLAGS: gl.constexpr,  # (bias, softcap)
+    threshold,
+    FLAGS: gl.constexpr,  # (bias, softcap, record)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -217,6 +242,8 @@ def hopper_forward_kernel(
                     bias,
                     partial,
                     target_logit,
+                    bounds,
+                    record,
                     block,
                     split,
                     first,
@@ -227,6 +254,7 @@ def hopper_forward_kernel(
                     splits,
                     scale,
                     softcap,
+                    threshold,
                     FLAGS,
                     gl.constexpr(0),
                     STAGES,
@@ -243,6 +271,8 @@ def hopper_forward_kernel(
                     bias,
                     partial,
                     target_logit,
+                    bounds,
+                    record,
                     block,
                     split,
                     first,
@@ -253,6 +283,7 @@ def hopper_forward_kernel(
                     splits,
                     scale,
                     softcap,
+                    threshold,
                     FLAGS,
                     gl.constexpr(1),
                     STAGES,
@@ -276,9 +307,15 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def launch_forward(
-    problem: Problem, partial: Tensor, target_logit: Tensor, tiles_a_split: int, scale: float, group: int
+    problem: Problem,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    tiles_a_split: int,
+    scale: float,
+    threshold: float,
+    group: int,
 ) -> None:
-    """Fills partial (2, splits, N) and target_logit (N,) as heads.forward_kernel does."""
+    """Fills outputs (partial, target_logit, bounds, record) as heads.forward_kernel does; an empty record is unused."""
+    partial, target_logit, bounds, record = outputs
     splits, n = partial.shape[1:]
     hopper_forward_kernel[((n + 127) // 128 * splits,)](
         describe(problem.e, 128, 64),
@@ -287,6 +324,8 @@ def launch_forward(
         partial if problem.bias is None else problem.bias,
         partial,
         target_logit,
+        bounds,
+        record if record.numel() else problem.targets,
         n,
         problem.v,
         problem.d,
@@ -294,7 +333,8 @@ def launch_forward(
         tiles_a_split,
         scale,
         float(problem.softcap or 1.0),
-        FLAGS=(problem.bias is not None, problem.softcap is not None),
+        threshold,
+        FLAGS=(problem.bias is not None, problem.softcap is not None, record.numel() > 0),
         GROUP=group,
         STAGES=4,
         num_warps=4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -12,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..problem import Problem
 from .hopper import COLUMNS, DEPTH, HALF, LOG2E, ROWS, copy_tiles, describe, logits_half, place_of, tanh
 from .launch import multiprocessors
+from .record import units_of
 from .terms import RowTerms
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def dz_half(
     width,
     d,
     start,
+    units,
     blocks,
     tiles,
     temperature,
@@ -70,10 +73,11 @@ def dz_half(
     FILTER: gl.constexpr = FLAGS[3]
     SOFTCAP: gl.constexpr = FLAGS[5]
     count = 0
-    for unit in range(gl.program_id(0), blocks * tiles, gl.num_programs(0)):
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         block, tile = place_of(unit, blocks, tiles, GROUP)
         if CHOSEN:
-            block = gl.load(chosen + 1 + block)
+            code = gl.load(chosen + 1 + unit)
+            block, tile = code // tiles, code % tiles
         acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
         rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
         inside = rows < n
@@ -134,7 +138,7 @@ def hopper_dz_kernel(
     label,  # (N,) fp32
     bias,  # (W,) or unused
     row_stats,  # (2, column tiles, N) fp32 or unused
-    chosen,  # (row blocks + 1,) int32 or unused
+    chosen,  # (units + 1,) int32 or unused
     alive,  # (row blocks, tiles of 128 columns) int32 zeros: the largest |P - onehot| as fp32 bits; or unused
     n,
     width,
@@ -142,7 +146,7 @@ def hopper_dz_kernel(
     start,
     temperature,
     softcap,
-    FLAGS: gl.constexpr,  # (label, row statistics, chosen row blocks, filter, bias, softcap, split)
+    FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -156,9 +160,10 @@ def hopper_dz_kernel(
         mbarrier.init(free.index(i), count=2)
     blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
+    units = blocks * tiles
     if FLAGS[2]:
-        blocks = gl.load(chosen)
-    first, last, step = gl.program_id(0), blocks * tiles, gl.num_programs(0)
+        units = gl.load(chosen)
+    first, last, step = gl.program_id(0), units, gl.num_programs(0)
     never = gl.to_tensor(-1)
     gl.warp_specialize(
         [
@@ -183,6 +188,7 @@ def hopper_dz_kernel(
                     width,
                     d,
                     start,
+                    units,
                     blocks,
                     tiles,
                     temperature,
@@ -214,6 +220,7 @@ def hopper_dz_kernel(
                     width,
                     d,
                     start,
+                    units,
                     blocks,
                     tiles,
                     temperature,
@@ -269,7 +276,12 @@ def launch_dz(
     """
     n, width = dz.shape
     stats, chosen, alive = outputs.row_stats, outputs.chosen, outputs.alive
-    units = (n + 127) // 128 * ((width + 255) // 256)
+    blocks, tiles = (n + 127) // 128, (width + 255) // 256
+    units = blocks * tiles
+    if chosen is not None:
+        if alive is not None:  # tiles of 128 columns, two to one of these
+            chosen = torch.nn.functional.pad(chosen, (0, 2 * tiles - chosen.shape[1])).view(blocks, tiles, 2).amax(2)
+        chosen = units_of(chosen, group)
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
     flags = (*optional, run.bias is not None, problem.softcap is not None, dz_low is not None)
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](

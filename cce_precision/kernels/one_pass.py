@@ -24,7 +24,6 @@ from .dense import accumulate_product
 from .dz import block_rows, write_powers
 from .primitives import round_to, wide
 from .terms import RowTerms, clean_rows
-from .tile_filter import survivors
 
 __all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
 
@@ -185,9 +184,7 @@ def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, pow
     height = block_rows(problem.c)
     blocks = -(-high.numel() // height)
     again = torch.nn.functional.pad(high, (0, blocks * height - high.numel())).view(blocks, height).any(1)
-    places, count = survivors(again.to(torch.int32)[None, :])
-    chosen = torch.cat([count, places[0]])
-    write_powers(problem, e, problem.c, terms(reference), powers, chosen, stats)
+    write_powers(problem, e, problem.c, terms(reference), powers, again.to(torch.int32), stats)
     return fold_stats(stats)[0], reference
 
 

@@ -146,6 +146,12 @@ def online_softmax_update(m, s, a, z, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def either(a, b):
+    """The bits of both."""
+    return a | b
+
+
+@triton.jit
 def decay_of(m, top, scale):
     """2^(scale (m - top)) for m <= top; exactly 1 where they are equal, or a long walk would drift."""
     return tl.where(m == top, 1.0, tl.exp2((m - top) * scale))

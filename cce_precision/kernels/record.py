@@ -1,0 +1,204 @@
+"""Which tiles of dZ can survive a tile filter, said by the forward pass, so that the backward computes no others.
+
+The forward pass sees every logit and compares it with eps times a lower bound of its row's exp(lse), which can only
+keep too much: the largest of the target's logit, log V plus the row's mean logit (Jensen), and the log-sum-exps of what
+the programs of that row have walked so far. Of each 128 tokens and each column it leaves one bit, whether any of the
+tokens reached eps there. From the bits follow the tiles in any visiting order; those are computed again, and the
+definition alone (dz.py) decides, so that results do not depend on how tight the bounds were.
+
+Bit layout: column j of a row block is bit (j mod 256) div 8 of word 8 (j div 256) + j mod 8.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Plan, Problem
+from .launch import config_for
+from .primitives import LOG2E, cap, wide
+from .terms import matvec, weighted_sum
+
+__all__ = ["candidates", "first_bounds", "record_shape", "threshold", "units_of"]
+
+_SLACK = 0.0625  # in base 2: a bound and a logit come from different sums, which must not part at eps
+
+
+def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """Shape of the forward pass's int32 record: (row blocks, words), or (0, 0) where no backward pass would read it."""
+    variant = plan.variant
+    if not (plan.want_record and variant.filter_e.by_tile and variant.filter_c.by_tile) or problem.n == 0:
+        return 0, 0
+    return -(-problem.n // config_for("forward", problem.c).m), 8 * -(-problem.v // 256)
+
+
+def threshold(problem: Problem, plan: Plan) -> float:
+    """log2 of the probability above which the forward pass records a column."""
+    eps = plan.variant.filter_e.threshold(problem.operand_dtype)
+    return math.log2(eps) - _SLACK if eps > 0 else -math.inf
+
+
+@triton.jit
+def first_bounds_kernel(
+    e,  # (N, D)
+    c,  # (V, D)
+    bias,  # (V,) or unused
+    targets,  # (N,) int64
+    jensen,  # (N,) fp32 natural lower bounds of the lse, or unused
+    bounds,  # (N,) fp32, out: in base 2; inf where ignored
+    d,
+    stride_e,
+    stride_c,
+    softcap,
+    scale,
+    FEATURES: tl.constexpr,
+    FLAGS: tl.constexpr,  # (bias, softcap, jensen)
+):
+    row = tl.program_id(0)
+    target = tl.load(targets + row)
+    bound = float("inf")
+    if target >= 0:
+        total = tl.zeros((FEATURES,), tl.float32)
+        for k in range(0, d, FEATURES):
+            j = k + tl.arange(0, FEATURES).to(tl.int64)
+            left = tl.load(e + wide(stride_e[0]) * row + j * stride_e[1], mask=j < d, other=0).to(tl.float32)
+            right = tl.load(c + target * stride_c[0] + j * stride_c[1], mask=j < d, other=0).to(tl.float32)
+            total += left * right
+        y = tl.sum(total, 0)
+        if FLAGS[0]:
+            y += tl.load(bias + target).to(tl.float32)
+        z, _ = cap(y, softcap, FLAGS[1])
+        if FLAGS[2]:
+            bound = tl.maximum(z * scale, tl.load(jensen + row) * LOG2E)
+        else:
+            bound = z * scale
+    tl.store(bounds + row, bound)
+
+
+def first_bounds(problem: Problem, scale: float) -> Tensor:
+    """(N,) lower bounds of each token's lse in base 2, known before the walk: the target's logit and Jensen's bound."""
+    e, c, bias, v = problem.e, problem.c, problem.bias, problem.v
+    jensen = problem.softcap is None
+    mean = e.new_empty(0, dtype=torch.float32)
+    if jensen:
+        mean = matvec(e, weighted_sum(c, None) / v)
+        if bias is not None:
+            mean += bias.to(torch.float32).mean()
+        mean = mean / problem.temperature + math.log(v)
+    out = torch.empty(problem.n, dtype=torch.float32, device=e.device)
+    first_bounds_kernel[(problem.n,)](
+        e,
+        c,
+        out if bias is None else bias,
+        problem.targets,
+        mean if jensen else out,
+        out,
+        problem.d,
+        tuple(e.stride()),
+        tuple(c.stride()),
+        float(problem.softcap or 1.0),
+        scale,
+        FEATURES=min(1024, triton.next_power_of_2(problem.d)),
+        FLAGS=(bias is not None, problem.softcap is not None, jensen),
+    )
+    return out
+
+
+@triton.jit
+def candidates_kernel(
+    record,  # (row blocks, words) int32
+    order,  # (W,) int64 columns of this run, or unused
+    packed,  # (N,) int64 tokens in the order of dZ's rows
+    targets,  # (N,) int64 by dZ's rows, -1 where ignored
+    lse,  # (N,) fp32 by dZ's rows
+    alive,  # (dZ's row blocks, column tiles) int32, out
+    n,
+    width,
+    start,
+    words,
+    tiles,
+    HEIGHT: tl.constexpr,  # tokens of a row block of the record
+    TM: tl.constexpr,
+    TN: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    block, tile = tl.program_id(0), tl.program_id(1)
+    rows = block * TM + tl.arange(0, TM)
+    inside = rows < n
+    counts = tl.load(targets + rows, mask=inside, other=-1) >= 0
+    value = tl.load(lse + rows, mask=inside, other=0.0)
+    source = tl.load(packed + rows, mask=inside, other=0)
+    first = tl.min(tl.where(counts, source, 9223372036854775807), 0) // HEIGHT
+    last = tl.max(tl.where(counts, source, -1), 0) // HEIGHT
+    columns = tile * TN + tl.arange(0, TN)
+    known = columns < width
+    j = (start + columns).to(tl.int64)
+    if ORDER:
+        j = tl.load(order + columns, mask=known, other=0)
+    found = tl.zeros((TN,), tl.int32)
+    for from_block in range(first.to(tl.int32), last.to(tl.int32) + 1):
+        word = tl.load(record + wide(words) * from_block + (j // 256) * 8 + j % 8, mask=known, other=0)
+        found |= (word >> ((j % 256) // 8).to(tl.int32)) & 1
+    broken = tl.max((value != value).to(tl.int32), 0)  # NaN survives everywhere in its row
+    tl.store(alive + block * tiles + tile, tl.maximum(tl.max(found, 0), broken))
+
+
+def candidates(
+    record: Tensor,
+    problem: Problem,
+    order: Tensor | None,  # (W,) columns of the run in visiting order; None: start, start + 1, ...
+    run: tuple[int, int],  # position of its first column, and how many
+    packed: Tensor,  # (N,) int64: the token of each row of dZ
+    lse: Tensor,  # (N,) by rows of dZ
+    targets: Tensor,  # (N,) int64 positions in visiting order, by rows of dZ
+    tile: tuple[int, int],
+) -> Tensor:
+    """(row blocks, column tiles) int32: 1 where a tile of this run of dZ may survive, or holds a target."""
+    n, (start, width), (tm, tn) = lse.shape[0], run, tile
+    blocks, tiles = triton.cdiv(n, tm), triton.cdiv(width, tn)
+    alive = torch.empty(blocks * tiles + 1, dtype=torch.int32, device=record.device)
+    candidates_kernel[(blocks, tiles)](
+        record,
+        packed if order is None else order,
+        packed,
+        targets,
+        lse,
+        alive,
+        n,
+        width,
+        start,
+        record.shape[1],
+        tiles,
+        HEIGHT=config_for("forward", problem.c).m,
+        TM=tm,
+        TN=tn,
+        ORDER=order is not None,
+    )
+    rows = torch.arange(n, device=record.device) // tm
+    here = (targets >= start) & (targets < start + width)
+    place = torch.where(here, rows * tiles + (targets - start) // tn, blocks * tiles)  # the rest into a spare entry
+    return alive.scatter_(0, place, 1)[:-1].view(blocks, tiles)
+
+
+def units_of(alive: Tensor, group: int) -> Tensor:
+    """(units + 1,) int32 from alive (row blocks, column tiles): how many tiles are to be computed, and then which, as
+    row block x tiles + tile. In the order of the walk in which `group` row blocks share a column tile; no host sync.
+    """
+    blocks, tiles = alive.shape
+    groups = -(-blocks // group)
+    code = torch.arange(blocks * tiles, dtype=torch.int32, device=alive.device).view(blocks, tiles)
+
+    def walk(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, groups * group - blocks))
+        return padded.view(groups, group, tiles).transpose(1, 2).reshape(-1)
+
+    flags, codes = walk((alive != 0).to(torch.int32)), walk(code)
+    rank = flags.cumsum(0)
+    units = torch.empty(flags.numel() + 2, dtype=torch.int32, device=alive.device)  # the last: a spare entry
+    units.scatter_(0, torch.where(flags != 0, rank, flags.numel() + 1), codes)
+    units[0] = rank[-1]
+    return units[:-1]
