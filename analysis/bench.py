@@ -3,9 +3,13 @@
     jobs     a shape, a dtype and a case; all methods see the same tensors
     call     loss = method(e, c, targets), then loss.backward(); one call gives all three kinds: loss-fw (the forward
              pass of a training step, gradients asked for), loss-bw (the backward pass) and loss-fw-bw (both)
-    rounds   every method once, then every method again, so that drift of the machine meets all alike; the first round
-             of calls (warm-up, memory, check) is not timed; a time is the median, its spread the interquartile range
-    product  torch.mm(e, c^T) into memory that is there already, in the same rounds: the unit of "x product"
+    rounds   every method in turn, then every method again, so that drift of the machine meets all alike; the first
+             round of calls (warm-up, memory, check) is not timed; a time is the median over the rounds, its spread the
+             interquartile range
+    turn     on CUDA a method repeats its step for 0.2 s, and the second half counts: a GPU lowers its clock under load
+             within tens of milliseconds, and training is load. On a CPU one step
+    product  torch.mm(e, c^T) into memory that is there already, in the same rounds and the same way: the unit of
+             "x product"
     memory   the most that PyTorch's allocator had handed out beyond the inputs; gradients count, a library's own
              scratch does not. CUDA: max_memory_allocated; CPU: the allocator's events of torch.profiler, summed in
              order of time
@@ -17,7 +21,7 @@ twice as near to the truth as a zero gradient is (relative error <= 1/2: a missi
 empty gradient fail), and its loss is within 2^-6 max(1, |loss|) of the truth (a 16-bit running sum of losses fails).
 Both checks are coarse on purpose: they say that a method computes the right thing; how well is in the error columns.
 
-On CUDA a short wait is queued before each call, so that the time to launch kernels shows only where it outlasts the
+On CUDA a short wait is queued before each turn, so that the time to launch kernels shows only where it outlasts the
 kernels.
 """
 

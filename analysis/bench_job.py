@@ -47,6 +47,7 @@ FLOOR = "exact, rounded once"
 LOSS_LIMIT = 2.0**-6
 GRADIENT_LIMIT = 2.0**-1
 BUDGET_SECONDS = 60.0
+BURST_SECONDS = 0.2  # on CUDA: how long a method repeats its step in one turn, the second half of which counts
 WAIT_CYCLES = 10_000_000  # of the GPU's clock, about 5 ms
 MIB = 2**20
 
@@ -245,36 +246,55 @@ class _Bench:
         except Exception as error:  # other packages fail in their own ways; the reason is shown
             trial.stop("skipped", f"{type(error).__name__}: {error}")
 
-    def round(self, last: bool) -> None:
-        """Every method once, timed; the results of the last round are checked again."""
-        with torch.no_grad():
-            buffer = torch.empty(self.problem.n, self.problem.v, dtype=self.e.dtype, device=self.device)
-            self.clock.settle()
-            marks = [self.clock.mark()]
+    def _turn(self, step: Callable[[], list[Any]]) -> list[float]:
+        """Seconds between the marks of one step; on CUDA in a row of steps, at the clock that such work sustains."""
+        self.clock.settle()
+        first = self.clock.seconds(*step())
+        count = math.ceil(BURST_SECONDS / sum(first)) if self.clock.cuda else 0
+        row = [step() for _ in range(count)][count // 2 :]
+        times = [self.clock.seconds(*marks) for marks in row] or [first]
+        return [statistics.median(part) for part in zip(*times, strict=True)]
+
+    @torch.no_grad()
+    def _product(self) -> list[float]:
+        """Seconds of the logits product, in a list of one."""
+        buffer = torch.empty(self.problem.n, self.problem.v, dtype=self.e.dtype, device=self.device)
+
+        def step() -> list[Any]:
+            start = self.clock.mark()
             torch.mm(self.e, self.c.T, out=buffer)
-            marks.append(self.clock.mark())
-            self.product.forward += self.clock.seconds(*marks)
-            del buffer
+            return [start, self.clock.mark()]
+
+        return self._turn(step)
+
+    def round(self, last: bool) -> None:
+        """Every method has one turn; the results of the last round are checked again."""
+        self.product.forward += self._product()
         for trial in self.trials:
             if (call := trial.call) is None:
                 continue
-            try:
+            done: list[Any] = []
+
+            def step(call: Call = call, done: list[Any] = done) -> list[Any]:
+                done.clear()
                 e, c = self._leaves()
-                self.clock.settle()
                 marks = [self.clock.mark()]
                 loss = call(e, c, self.targets)
                 marks.append(self.clock.mark())
                 loss.backward()
                 marks.append(self.clock.mark())
-                forward, backward = self.clock.seconds(*marks)
+                done += [loss, e, c]
+                return marks
+
+            try:
+                forward, backward = self._turn(step)
             except Exception as error:
                 trial.stop("failed", f"{type(error).__name__}: {error}")
                 continue
             trial.forward.append(forward)
             trial.backward.append(backward)
             if last:
-                self._judge(trial, self._errors(loss, e, c))
-            del loss, e, c
+                self._judge(trial, self._errors(*done))
 
     def rows(self) -> list[Row]:
         s = self.job.shape
