@@ -1,0 +1,339 @@
+"""`cce_patch` and `uncce_patch`: which models leave their loss to `linear_cross_entropy`.
+
+The class's forward is replaced by one that looks for labels; what it does is decided by the `Patch` that the class or
+the instance carries, so that copies, pickles and models made later carry it too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..interface import linear_cross_entropy
+from ..variants import DEFAULT, get
+from .head import Counts, HeadHook, Options, Request, install, remove
+from .logits import LazyLogits, deferred
+
+__all__ = ["cce_counts", "cce_patch", "uncce_patch"]
+
+ATTRIBUTE = "_cce_patch"
+ORIGINALS = "_cce_originals"  # a wrapped class's own functions
+INNER = "_cce_inner_forward"  # an instance's own forward, where something else has given it one
+# What the model itself decides, call by call.
+DECIDED = {
+    "ignore_index", "softcap", "shift", "temperature", "label_smoothing", "class_weight",
+    "return_lse", "return_entropy", "return_argmax", "return_stats",
+}  # fmt: skip
+
+
+class Patch:
+    """How a class, or one instance of it, computes its loss."""
+
+    living: weakref.WeakKeyDictionary[type, weakref.WeakSet[Patch]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, cls: type[nn.Module], options: Options) -> None:
+        self.cls = cls
+        self.options = options
+        self.counts = Counts()
+        _wrap_class(cls)
+        Patch.living.setdefault(cls, weakref.WeakSet()).add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Patch, (self.cls, self.options)  # a copy patches its class too, in whatever process it is made
+
+    def retire(self) -> None:
+        """The class gets its own forward back when no patch of it lives."""
+        others = Patch.living[self.cls]
+        others.discard(self)
+        if not others:
+            _unwrap_class(self.cls)
+
+
+def _wrapper(original: Callable[..., Any] | None, signature: inspect.Signature) -> Callable[..., Any]:
+    """A forward that asks the head for a loss where labels are given; `original` None is the instance's own forward."""
+    names = list(signature.parameters)
+    position = names.index("labels") - 1 if "labels" in names else len(names)  # without self
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(self, INNER) if original is None else functools.partial(original, self)
+        patch = getattr(self, ATTRIBUTE, None)
+        labels = kwargs.get("labels")
+        if labels is None and len(args) > position:
+            labels = args[position]
+        if patch is None or labels is None or (patch.options.train_only and not self.training):
+            return inner(*args, **kwargs)
+        return _with_labels(self, patch, labels, inner, args, kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
+def _with_labels(
+    model: nn.Module, patch: Patch, labels: Tensor, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError("cce_patch does not work under nn.DataParallel: use DistributedDataParallel (torchrun)")
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = prepared(model, head)
+    if hook.task is not None:  # a subclass's forward inside that of its base
+        return inner(*args, **kwargs)
+    if patch.options.reduction != "mean":
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+    request = Request(type(model).__name__, head, hook, labels, patch.options, patch.counts)
+    hook.task = deferred(request)
+    try:
+        output = inner(*args, **kwargs)
+    finally:
+        hook.task = None
+        request.open = False
+    return leave(output, model.training, patch.options)
+
+
+def prepared(model: nn.Module, head: Any) -> HeadHook:
+    """The hook of the model's head, the last of its hooks; put there if it is missing.
+
+    Raises TypeError for a head that is no plain `nn.Linear`, naming it.
+    """
+    if not isinstance(head, nn.Module) or type(head).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"cce_patch: the head of {type(model).__name__} must be an nn.Linear, got {type(head).__name__}"
+            + (
+                ": merge the adapter, or train the head itself with modules_to_save"
+                if hasattr(head, "base_layer")
+                else ""
+            )
+        )
+    return install(head)
+
+
+def leave(output: Any, training: bool, options: Options) -> Any:
+    """The model's output as its caller gets it."""
+    if isinstance(output, LazyLogits):
+        if not options.return_logits:
+            return None
+        if not training:
+            if torch.compiler.is_compiling():
+                return output._materialise("evaluation")
+            output._left = True
+        return output
+    if isinstance(output, dict):  # a ModelOutput
+        for name, value in list(output.items()):
+            if isinstance(value, LazyLogits):
+                output[name] = leave(value, training, options)
+        return output
+    if isinstance(output, tuple):
+        return tuple(leave(value, training, options) for value in output)
+    return output
+
+
+def _wrap_class(cls: type[nn.Module]) -> None:
+    """Puts the wrapper in place of a class's forward, and prepares the heads of models when they are made."""
+    if ORIGINALS in cls.__dict__:
+        return
+    forward, init = cls.forward, cls.__init__
+    wrapper = _wrapper(forward, inspect.signature(forward))
+    for name in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(wrapper, name, getattr(forward, name, getattr(wrapper, name)))
+
+    @functools.wraps(init)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self) is cls and getattr(cls, ATTRIBUTE, None) is not None:
+            prepared(self, self.get_output_embeddings())  # type: ignore[operator]
+
+    setattr(cls, ORIGINALS, {name: cls.__dict__.get(name) for name in ("forward", "__init__")})
+    cls.forward = wrapper  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _unwrap_class(cls: type[nn.Module]) -> None:
+    for name, own in cls.__dict__[ORIGINALS].items():
+        if own is None:  # inherited
+            delattr(cls, name)
+        else:
+            setattr(cls, name, own)
+    delattr(cls, ORIGINALS)
+
+
+# -- the public functions ----------------------------------------------------------------------------------------------
+
+
+def cce_patch(
+    model_type_or_model_or_config: Any,
+    impl: Any = DEFAULT,
+    reduction: str = "mean",
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    train_only: bool = False,
+    *,
+    return_logits: bool = True,
+    **options: Any,
+) -> Any:
+    """Makes a causal language model of transformers compute its loss by `linear_cross_entropy`, without logits.
+
+    Args:
+        model_type_or_model_or_config: a model type ("llama"), a config or a model class, whose class is patched, so
+            that all its models are, those made later by `from_pretrained` or `from_config` too; or a model, which alone
+            is patched (inside `PeftModel`, `torch.compile` or DistributedDataParallel as well).
+        impl, filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad: as `linear_cross_entropy`.
+        reduction: "mean" leaves the reduction to the model (mean, or the sum over `num_items_in_batch`); "sum" and
+            "none" override it. Of (B, T) labels that the model shifts, "none" gives a (B, T - 1) loss.
+        train_only: True leaves a model in eval mode as it was.
+        return_logits: False leaves None in the output where the logits would be, whenever labels are given.
+        options: further options of `linear_cross_entropy`: backend, workspace_mb, seed, validate, ...
+
+    Returns:
+        The model, or the class that was patched.
+
+    The model's own code runs unchanged: the shift, `shift_labels`, `ignore_index`, `num_items_in_batch`, softcap,
+    scales, biases and auxiliary losses are whatever it makes of them. Only a forward with labels differs: its logits
+    stay uncomputed until something reads them (then the real ones are computed, counted, and a warning names the
+    operation), and `F.cross_entropy` of them is one fused call. The logits that such a forward returns are computed
+    when they are read; RuntimeError if the head's weight has changed by then. `generate` and calls without labels are
+    what they were. `cce_counts(model)` tells how many losses were fused.
+
+    Raises:
+        TypeError: for a model whose head is no plain `nn.Linear`, naming it (a list of heads, a quantised head, an
+            adapter on the head: train it with `modules_to_save`, or merge it); for arguments of the wrong type.
+        ValueError: for an unknown model type or option.
+
+    Error guarantee: that of `linear_cross_entropy` with this `impl`.
+    """
+    validation.check_reduction(reduction)
+    allowed = validation.option_names(linear_cross_entropy) - DECIDED
+    for name in options:
+        if name not in allowed:
+            raise TypeError(
+                f"cce_patch got an unknown option {name!r}; allowed beside its own: {', '.join(sorted(allowed))}"
+            )
+    get(impl).configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
+    loss = {
+        "impl": impl,
+        "filter_eps": filter_eps,
+        "accum_e_fp32": accum_e_fp32,
+        "accum_c_fp32": accum_c_fp32,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+        **options,
+    }
+    chosen = Options(reduction, bool(train_only), bool(return_logits), loss)
+    if not isinstance(model_type_or_model_or_config, nn.Module):
+        cls = _class_of(model_type_or_model_or_config)
+        old = cls.__dict__.get(ATTRIBUTE)
+        setattr(cls, ATTRIBUTE, Patch(cls, chosen))
+        if old is not None:
+            old.retire()
+        return cls
+    model = _unwrapped(model_type_or_model_or_config)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    prepared(model, head)
+    uncce_patch(model)
+    prepared(model, head)
+    setattr(model, ATTRIBUTE, Patch(type(model), chosen))
+    if "forward" in model.__dict__:  # accelerate's, that of a model spread over devices
+        object.__setattr__(model, INNER, model.forward)
+        wrapper = _wrapper(None, inspect.signature(type(model).forward))
+        model.forward = MethodType(wrapper, model)  # type: ignore[method-assign]
+    return model_type_or_model_or_config
+
+
+def uncce_patch(model_type_or_model_or_config: Any) -> Any:
+    """Undoes `cce_patch` of the same thing; nothing happens to what is not patched. Returns what `cce_patch` does.
+
+    A model of a patched class is freed of that patch, alone. Raises as `cce_patch` for what is no model.
+    """
+    if not isinstance(model_type_or_model_or_config, nn.Module):
+        cls = _class_of(model_type_or_model_or_config)
+        patch = cls.__dict__.get(ATTRIBUTE)
+        if patch is not None:
+            delattr(cls, ATTRIBUTE)
+            patch.retire()
+        return cls
+    model = _unwrapped(model_type_or_model_or_config)
+    patch = model.__dict__.pop(ATTRIBUTE, None)
+    if INNER in model.__dict__:
+        model.forward = model.__dict__.pop(INNER)
+    if patch is not None:
+        patch.retire()
+    if getattr(type(model), ATTRIBUTE, None) is not None:
+        setattr(model, ATTRIBUTE, None)
+    else:
+        remove(model.get_output_embeddings())  # type: ignore[operator]
+    return model_type_or_model_or_config
+
+
+def cce_counts(model: Any) -> Counts:
+    """How often the losses of a patched model (or class) were fused, and its logits computed after all.
+
+    Raises ValueError where nothing is patched.
+    """
+    thing = _unwrapped(model) if isinstance(model, nn.Module) else _class_of(model)
+    patch = getattr(thing, ATTRIBUTE, None)
+    if patch is None:
+        raise ValueError(f"{model!r} is not patched: call cce_patch first")
+    return patch.counts
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what others have put around it. Raises TypeError where there is none."""
+    inner: Any = model
+    while not callable(getattr(type(inner), "get_output_embeddings", None)) or hasattr(inner, "get_base_model"):
+        inner = (
+            inner.get_base_model()
+            if hasattr(inner, "get_base_model")
+            else next(
+                (
+                    getattr(inner, name)
+                    for name in ("_orig_mod", "module")
+                    if isinstance(getattr(inner, name, None), nn.Module)
+                ),
+                None,
+            )
+        )
+        if inner is None:
+            raise TypeError(
+                f"cce_patch needs a model of transformers, with get_output_embeddings, got {type(model).__name__}"
+            )
+    return inner
+
+
+def _class_of(thing: Any) -> type[nn.Module]:
+    """The causal language model class of a model type, a config or a class."""
+    if isinstance(thing, type) and issubclass(thing, nn.Module):
+        if not callable(getattr(thing, "get_output_embeddings", None)):
+            raise TypeError(f"cce_patch needs a class with get_output_embeddings, got {thing.__name__}")
+        return thing
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+    if isinstance(thing, str):
+        known = sorted(name for name in CONFIG_MAPPING if name in MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping)
+        if thing not in known:
+            near = difflib.get_close_matches(thing, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{thing!r} is no model type with a causal language model; known: {', '.join(known)}{hint}"
+            )
+        config_class: Any = CONFIG_MAPPING[thing]
+    elif isinstance(thing, PretrainedConfig):
+        config_class = type(thing)
+    else:
+        raise TypeError(
+            "cce_patch needs a model type, a config, a model or its class, "
+            f"got {thing!r} of type {type(thing).__name__}"
+        )
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{config_class.__name__} has no causal language model in transformers")
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return found[0] if isinstance(found, (tuple, list)) else found
