@@ -68,7 +68,7 @@ def _forward(
         if _in_one_pass(problem, decoded):
             heads, gradients = kernels.forward_one_pass(problem, decoded)
         elif choose_backend(problem, decoded) == "triton":
-            heads, record = kernels.forward(problem, decoded)
+            heads, record = kernels.forward(problem, decoded, seed)
         else:
             heads = eager.forward(problem, decoded)
     empty = lambda: e.new_empty(0, dtype=torch.float32)  # noqa: E731

@@ -52,6 +52,8 @@ def _variant(variant: Variant, dtype: torch.dtype) -> str | None:
 
 def by_element(variant: Variant) -> bool:
     """Whether the backward pass is that of filtered.py: of filters of single entries, or an fp32 operand."""
+    if variant.filter_e.by_tile or variant.filter_c.by_tile:
+        return False
     return variant.filtered or variant.operand in (Operand.FP32, Operand.FP32_ABOVE)
 
 
@@ -93,11 +95,19 @@ def supports(problem: Problem, plan: Plan) -> str | None:
     return _machine(problem.e.device) or _variant(plan.variant, problem.e.dtype)
 
 
-def forward(problem: Problem, plan: Plan) -> tuple[Heads, Tensor]:
-    """The heads of every token, fp32, and a record for `backward` (`record_shape` says how large); see heads.py."""
-    from .heads import forward as run
-
+def forward(problem: Problem, plan: Plan, seed: Tensor | None = None) -> tuple[Heads, Tensor]:
+    """The heads of every token, fp32, and a record for `backward` (`record_shape` says how large); see heads.py, and
+    hits.py for filters of single entries, which draw by `seed` (0-dim int64, needed with plan.want_record).
+    """
     with _on(problem.e.device):
+        if plan.want_record and by_element(plan.variant):
+            from . import hits
+
+            if hits.leaves_record(problem, plan):
+                assert seed is not None
+                return hits.forward(problem, plan, seed)
+        from .heads import forward as run
+
         return run(problem, plan)
 
 
@@ -134,8 +144,10 @@ def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
     """Shape of the int32 record that `forward` leaves: a function of shapes, dtypes, the device and the plan alone."""
     if not plan.want_record:
         return 0, 0
-    from .record import record_shape as run
-
+    if by_element(plan.variant):
+        from .hits import record_shape as run
+    else:
+        from .record import record_shape as run
     return run(problem, plan)
 
 
@@ -148,14 +160,14 @@ def backward(
     seed: Tensor,
     record: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters, which
-    have no kernel. `record`: what `forward` left; without it a tile filter computes every tile to find those that live.
+    """(dE, dC, dbias) in the dtypes of e, c and bias; None where `need` says so. `seed` is for random filters.
+    `record`: what `forward` left; without it a filter walks over every logit to find what it keeps.
     """
-    if by_element(plan.variant) and not plan.variant.filter_e.by_tile and not plan.variant.filter_c.by_tile:
+    if by_element(plan.variant):
         from .filtered import backward_filtered
 
         with _on(problem.e.device):
-            return backward_filtered(problem, plan, heads, upstream, need, seed)
+            return backward_filtered(problem, plan, heads, upstream, need, seed, record)
     from .dense import backward_by_runs
 
     with _on(problem.e.device):

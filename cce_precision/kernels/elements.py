@@ -1,0 +1,307 @@
+"""Element filters in the kernels: what becomes of each probability, by the definition of eager/filters.py, and dZ of a
+run of columns under it.
+
+The operand is a hi + lo pair of the inputs' dtype, off from x by 2^-17 relative (bf16) or 2^-22 (fp16, beside 2^-25
+absolute); fp32 inputs take x as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..numerics import Filter, FilterKind
+from ..problem import Problem
+from .heads import operand
+from .launch import config_for, descriptor_fits, multiprocessors, precision_of
+from .primitives import LOG2E, cap, grouped, hash32, load_tile, multiply_add, round_to, wide
+from .terms import RowTerms
+
+__all__ = ["DROP", "STOCHASTIC", "ElementFilter", "members_drawn", "sampled", "seed_words", "write_filtered"]
+
+# What becomes of an entry below the threshold.
+NONE = 0  # it stays
+DROP = 1
+STOCHASTIC = 2  # it is drawn
+COLUMNS = 3  # it is multiplied by its column's factor: the share where the column was drawn, else 0
+ROWS = 4  # the same by its row's factor
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def seed_words(seed):
+    """The low and the high word of the 64-bit seed behind a pointer."""
+    value = tl.load(seed)
+    return (value & 0xFFFFFFFF).to(tl.uint32), ((value >> 32) & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def threshold(eps, rows, columns, low, high):
+    """eps times a uniform draw in (0, 1] for each (row, column); rows and columns int32, broadcast."""
+    word = hash32(low, high, rows.to(tl.uint32), columns.to(tl.uint32))
+    return eps * ((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+
+
+@triton.jit
+def sampled(p, rows, columns, eps, seed, factor, KIND: tl.constexpr, TAIL: tl.constexpr):
+    """P^ of probabilities p (R, C), or of the tail alone: only what is below eps.
+
+    rows (R, 1) and columns (1, C) int32 are what the draws are functions of, `factor` broadcasts over p, `seed` points
+    to 64 bits. NaN is not below eps.
+    """
+    small = p < eps
+    if KIND == 1:
+        below = 0.0
+    elif KIND == 2:
+        low, high = seed_words(seed)
+        below = tl.where((p >= threshold(eps, rows, columns, low, high)) & (p > 0), eps, 0.0)
+    else:
+        below = p * factor
+    if TAIL:
+        return tl.where(small, below, 0.0)
+    else:
+        return tl.where(small, below, p)
+
+
+@triton.jit
+def members_kernel(seed, out, groups, share, count, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low, high = seed_words(seed)
+    size = wide(share).to(tl.uint32)
+    group = (wide(first) // share + index).to(tl.uint32)
+    column = (tl.zeros((), tl.int64) - STREAM).to(tl.uint32)
+    drawn = hash32(low, high, group, column) % size
+    place = group.to(tl.int64) * share + drawn.to(tl.int64) - first
+    tl.store(out + index, tl.where((place >= 0) & (place < count), place, -1), mask=index < groups)
+
+
+def members_drawn(seed: Tensor, count: int, share: int, first: int, over_columns: bool) -> Tensor:
+    """The member drawn of each group of `share` neighbours among the places first to first + count, less `first`.
+
+    (groups,) int64, rising; -1 where it lies before or past them, in a first or last group that is not whole.
+    """
+    groups = (first + count - 1) // share - first // share + 1
+    out = torch.empty(groups, dtype=torch.int64, device=seed.device)
+    stream, block = (1 if over_columns else 2), 256
+    members_kernel[(triton.cdiv(groups, block),)](seed, out, groups, share, count, first, STREAM=stream, BLOCK=block)
+    return out
+
+
+@dataclass(frozen=True)
+class ElementFilter:
+    """An element filter of one side as a kernel takes it."""
+
+    kind: int
+    eps: float
+    seed: Tensor  # 0-dim int64
+    factor: Tensor | None = None  # (V,) or (N,) fp32: of entries below eps, by column or by row
+    tail: bool = False  # the entries below eps alone
+
+    @staticmethod
+    def of(filt: Filter, dtype: torch.dtype, seed: Tensor) -> ElementFilter:
+        """DROP or STOCHASTIC, or of a SUBSET filter what it does not sample: its entries above eps."""
+        kind = {FilterKind.NONE: NONE, FilterKind.STOCHASTIC: STOCHASTIC}.get(filt.kind, DROP)
+        return ElementFilter(kind, filt.threshold(dtype), seed)
+
+
+@triton.jit
+def filtered_kernel(
+    e,  # (N, D) descriptor or pointer, ignored rows 0
+    c,  # (W, D) descriptor or pointer, this run of columns
+    bias,  # (W,) or unused
+    targets,  # (N,) int64 columns, -1 where ignored
+    rows_terms,  # (6, N) fp32, see terms.RowTerms
+    label,  # (N,) fp32: the label's entry of dZ, which stays out of the operand
+    high,  # (N, W): descriptor or pointer
+    low,  # (N, W) what rounding lost, or unused
+    column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label included, or unused
+    factor,  # (W,) or (N,) fp32 of the filter, or unused
+    seed,  # () int64
+    active,  # () int32: 0 where nothing is to be done; or unused
+    shape,  # (N, W, D, first column among these targets', the same in the whole vocabulary)
+    stride_e,
+    stride_c,
+    stride_dz,
+    scalars,  # (softcap, temperature, eps)
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, active, kind of the filter, tail)
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    n, width, d, start, first_id = shape
+    softcap, temperature, eps = scalars
+    blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
+    units = blocks * tiles
+    if FLAGS[5]:
+        units = tl.where(tl.load(active) != 0, units, 0)
+    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=FLATTEN):
+        block, tile = grouped(unit, blocks, tiles, GROUP)
+        acc = tl.zeros((M, N), tl.float32)
+        for k in range(0, d, K):
+            left = load_tile(e, stride_e, block * M, k, n, d, M, K, TMA)
+            right = load_tile(c, stride_c, tile * N, k, width, d, N, K, TMA)
+            acc = multiply_add(left, right.T, acc, PRECISION)
+        rows = block * M + tl.arange(0, M)
+        inside = rows < n
+        columns = tile * N + tl.arange(0, N)
+        if FLAGS[0]:
+            acc += tl.load(bias + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
+        z, slope = cap(acc, softcap, FLAGS[1])
+        local = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32) - start - tile * N
+        x = dz_entries(
+            z,
+            slope,
+            rows,
+            inside,
+            tl.arange(0, N)[None, :] == local[:, None],
+            first_id + columns,
+            columns,
+            columns < width,
+            rows_terms,
+            n,
+            factor,
+            seed,
+            temperature,
+            eps,
+            FLAGS[2],
+            FLAGS[6],
+            FLAGS[7],
+        )
+        if FLAGS[4]:
+            own = tl.arange(0, N)[None, :] == local[:, None]
+            at_label = tl.load(label + rows, mask=inside, other=0.0)[:, None]
+            total = tl.sum(tl.where(own, at_label, tl.where(inside[:, None], x, 0.0)), 0)
+            tl.store(column_sums + wide(width) * block + columns, total, mask=columns < width)
+        rounded = round_to(x, DTYPE)
+        put_tile(high, stride_dz, block * M, tile * N, n, width, rounded, M, N, TMA)
+        if FLAGS[3]:
+            lost = round_to(x - rounded.to(tl.float32), DTYPE)
+            put_tile(low, stride_dz, block * M, tile * N, n, width, lost, M, N, TMA)
+
+
+@triton.jit
+def dz_entries(
+    z,  # (R, C) capped logits before the temperature
+    slope,  # (R, C) of the softcap, or 1
+    rows,  # (R,) int32
+    inside,  # (R,)
+    own,  # (R, C) the target's entries, which become 0
+    ids,  # (C,) numbers of the columns in the whole vocabulary
+    places,  # (C,) where the columns' factors stand
+    known,  # (C,) which columns there are
+    rows_terms,
+    n,
+    factor,
+    seed,
+    temperature,
+    eps,
+    ENTROPY: tl.constexpr,
+    KIND: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """x = P^ (alpha - kappa (log P + H)) slope."""
+    lse = tl.load(rows_terms + rows, mask=inside, other=float("inf"))
+    scale = tl.load(rows_terms + wide(n) + rows, mask=inside, other=0.0)[:, None]
+    log_p = z * (1.0 / temperature) - lse[:, None]
+    x = tl.where(own, 0.0, tl.exp2(log_p * LOG2E))
+    if KIND > 0:
+        weight = 0.0
+        if KIND == 3:
+            weight = tl.load(factor + places, mask=known, other=0.0)[None, :]
+        if KIND == 4:
+            weight = tl.load(factor + rows, mask=inside, other=0.0)[:, None]
+        x = sampled(x, rows[:, None], ids[None, :], eps, seed, weight, KIND, TAIL)
+    if ENTROPY:
+        kappa = tl.load(rows_terms + wide(n) * 2 + rows, mask=inside, other=0.0)
+        entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
+        scale = scale - kappa[:, None] * (tl.maximum(log_p, -3.0e38) + entropy[:, None])
+    return x * scale * slope
+
+
+@triton.jit
+def put_tile(
+    x, stride, row, column, rows, columns, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
+    """x[row : row + ROWS, column : column + COLUMNS] = value, inside (rows, columns)."""
+    if TMA:
+        x.store([row, column], value)
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        place = i[:, None].to(tl.int64) * stride[0] + j[None, :].to(tl.int64) * stride[1]
+        tl.store(x + place, value, mask=(i < rows)[:, None] & (j < columns)[None, :])
+
+
+def write_filtered(
+    problem: Problem,
+    e: Tensor,  # (N, D) contiguous, ignored rows 0
+    c: Tensor,  # (W, D)
+    bias: Tensor | None,  # (W,)
+    start: int,  # the number of the first column, as targets count
+    terms: RowTerms,
+    filt: ElementFilter,
+    high: Tensor,  # (N, W)
+    low: Tensor | None,  # (N, W)
+    want_sums: bool = False,
+    active: Tensor | None = None,
+) -> Tensor | None:
+    """Fills high (and low) with dZ under an element filter, without the label. Returns (row blocks, W) column sums of
+    the unrounded dZ with the label, if wanted. Where `active` is 0 nothing is filled and the sums are 0.
+    """
+    rows, width = e.shape[0], c.shape[0]
+    config = config_for("dz", c)
+    blocks = triton.cdiv(rows, config.m)
+    new = torch.empty if active is None else torch.zeros
+    sums = new((blocks, width), dtype=torch.float32, device=e.device) if want_sums else None
+    tma = descriptor_fits(e) and descriptor_fits(c) and descriptor_fits(high)
+    unused = terms.terms
+    put = lambda x: operand(high if x is None else x, [config.m, config.n], tma)  # noqa: E731
+    filtered_kernel[(min(blocks * triton.cdiv(width, config.n), multiprocessors(e.device)),)](
+        operand(e, [config.m, config.k], tma),
+        operand(c, [config.n, config.k], tma),
+        unused if bias is None else bias,
+        terms.targets,
+        terms.terms,
+        terms.label,
+        put(high),
+        put(low),
+        unused if sums is None else sums,
+        unused if filt.factor is None else filt.factor,
+        filt.seed,
+        filt.seed if active is None else active,
+        (rows, width, problem.d, start, problem.first_column + start),
+        tuple(e.stride()),
+        tuple(c.stride()),
+        tuple(high.stride()),
+        (float(problem.softcap or 1.0), float(problem.temperature), filt.eps),
+        M=config.m,
+        N=config.n,
+        K=config.k,
+        GROUP=config.group,
+        FLATTEN=config.flatten,
+        FLAGS=(
+            bias is not None,
+            problem.softcap is not None,
+            terms.entropy,
+            low is not None,
+            want_sums,
+            active is not None,
+            filt.kind,
+            filt.tail,
+        ),
+        TMA=tma,
+        PRECISION=precision_of(c),
+        DTYPE=DTYPES[high.dtype],
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return sums

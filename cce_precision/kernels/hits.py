@@ -1,0 +1,259 @@
+"""Where the gradient lives: which blocks of 16 columns may hold an entry that an element filter keeps, for every token.
+
+The forward pass sees every logit. It compares each with the filter's threshold times a lower bound of its row's
+exp(lse): the larger of the target's logit, the log-sum-exp of the first columns (which tokenizers give to frequent
+tokens), and that of the columns that the program itself has walked before. That can only keep too much, and it is the
+same whatever else runs, so results are bitwise repeatable. One bit a block is left, the target's entry counted as any
+other; the definition alone, with the final lse, decides later (sparse.py). Where no record was left, the same walk with
+the final lse makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..numerics import Filter, FilterKind, Variant
+from ..problem import Heads, Plan, Problem
+from .elements import seed_words
+from .heads import combine_kernel, operand, splits_of
+from .heads import forward as forward_heads
+from .launch import config_for, descriptor_fits, precision_of
+from .primitives import cap, grouped, hash32, load_tile, multiply_add, online_softmax_update, wide
+from .record import first_bounds_kernel
+
+__all__ = ["BLOCK", "forward", "found_again", "kept_filter", "leaves_record", "record_shape", "words_of"]
+
+BLOCK = 16  # columns
+FIRST_COLUMNS = 2048  # whose log-sum-exp is known before the walk
+SLACK = 0.0625  # in base 2: a bound and a logit come from different sums, which must not part at the threshold
+_COMBINE_ROWS = 128
+
+
+def kept_filter(problem: Problem, plan: Plan) -> Filter | None:
+    """The filter whose kept entries (for subsets: those above eps) are sparse on both sides; None where there is none.
+
+    Both sides must have the same one: the sparse pass computes each entry once.
+    """
+    variant = plan.variant
+    if variant.filter_e != variant.filter_c or not variant.filter_e or variant.filter_e.by_tile:
+        return None
+    return variant.filter_e if variant.filter_e.threshold(problem.operand_dtype) > 0 else None
+
+
+def leaves_record(problem: Problem, plan: Plan) -> bool:
+    """Whether the forward pass leaves a record: a backward pass may follow, and no head beside nll is asked for."""
+    heads = plan.want_entropy or plan.want_smooth or plan.want_argmax
+    return plan.want_record and not heads and problem.n > 0 and kept_filter(problem, plan) is not None
+
+
+def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """Shape of the int32 record of the forward pass: (1, words of 32 bits), or (0, 0) where it leaves none."""
+    if not leaves_record(problem, plan):
+        return 0, 0
+    return 1, -(-_tiles(problem) * problem.n // 2)
+
+
+def _tiles(problem: Problem) -> int:
+    return -(-problem.v // config_for("forward", problem.c).n)
+
+
+def words_of(problem: Problem, record: Tensor) -> Tensor:
+    """The record as (column tiles, N) int16: bit b of a word is the block b of that tile's columns."""
+    tiles = _tiles(problem)
+    return record.view(torch.int16).reshape(-1)[: tiles * problem.n].view(tiles, problem.n)
+
+
+@triton.jit
+def hits_kernel(
+    e,  # (N, D) descriptor or pointer
+    c,  # (V, D) descriptor or pointer
+    bias,  # (V,) or unused
+    targets,  # (N,) int64, -1 where ignored
+    bounds,  # (N,) fp32 in base 2: lower bounds of the lse, or the lse itself
+    partial,  # (2, splits, N) fp32 maximum and sum of the forward pass, or unused
+    target_logit,  # (N,) fp32, before the temperature, or unused
+    record,  # (column tiles, N) int16
+    seed,  # () int64
+    shape,  # (N, V, D, number of the first column in the whole vocabulary)
+    stride_e,
+    stride_c,
+    splits,
+    tiles_a_split,
+    scalars,  # (softcap, log2(e) / temperature, log2 of the threshold)
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    FLAGS: tl.constexpr,  # (bias, softcap, forward, drawn)
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n, v, d, first_id = shape
+    softcap, scale, log_eps = scalars
+    block, split = grouped(tl.program_id(0), tl.cdiv(n, M), splits, GROUP)
+    rows = block * M + tl.arange(0, M)
+    inside = rows < n
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
+    known = tl.load(bounds + rows, mask=inside, other=0.0)
+    m = tl.full((M,), float("-inf"), tl.float32)
+    s = tl.zeros((M,), tl.float32)
+    first = split * tiles_a_split
+    last = tl.minimum(first + tiles_a_split, tl.cdiv(v, N))
+    for tile in tl.range(first, last, flatten=FLATTEN):
+        acc = tl.zeros((M, N), tl.float32)
+        for k in range(0, d, K):
+            left = load_tile(e, stride_e, block * M, k, n, d, M, K, TMA)
+            right = load_tile(c, stride_c, tile * N, k, v, d, N, K, TMA)
+            acc = multiply_add(left, right.T, acc, PRECISION)
+        columns = tile * N + tl.arange(0, N)
+        if FLAGS[0]:
+            acc += tl.load(bias + columns, mask=columns < v, other=0).to(tl.float32)[None, :]
+        z, _ = cap(acc, softcap, FLAGS[1])
+        if tile * N + N > v:
+            z = tl.where((columns < v)[None, :], z, float("-inf"))
+        lowest = known + log_eps
+        if FLAGS[2]:
+            lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
+        if FLAGS[3]:
+            low, high = seed_words(seed)
+            word = hash32(low, high, rows.to(tl.uint32)[:, None], (first_id + columns).to(tl.uint32)[None, :])
+            u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+            above = ~(tl.exp2(z * scale - lowest[:, None]) < u) & (z > float("-inf"))
+            found = tl.max(tl.reshape(above.to(tl.int32), (M, N // 16, 16)), 2)
+        else:
+            top = tl.max(tl.reshape(z, (M, N // 16, 16)), 2)
+            found = (~(top * scale < lowest[:, None]) & (top > float("-inf"))).to(tl.int32)
+        bits = tl.sum(found << tl.arange(0, N // 16)[None, :], 1)
+        tl.store(record + wide(n) * tile + rows, tl.where(target >= 0, bits, 0).to(tl.int16), mask=inside)
+        if FLAGS[2]:
+            local = target - tile * N
+            hit = (local >= 0) & (local < N)
+            if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
+                own = columns[None, :] == target[:, None]
+                tl.store(target_logit + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=hit)
+                z = tl.where(own, float("-inf"), z)
+            m, s, _ = online_softmax_update(m, s, s, z, scale, False)
+    if FLAGS[2]:
+        out = partial + wide(n) * split + rows
+        tl.store(out, m, mask=inside)
+        tl.store(out + wide(n) * splits, s, mask=inside)
+
+
+def _launch(
+    problem: Problem,
+    filt: Filter,
+    seed: Tensor,
+    bounds: Tensor,  # (N,) in base 2
+    record: Tensor,  # (column tiles, N) int16
+    outputs: tuple[Tensor, Tensor] | None,  # partial, target_logit of the forward pass
+) -> None:
+    e, c, bias, n, v = problem.e, problem.c, problem.bias, problem.n, problem.v
+    config = config_for("forward", c)
+    splits, tiles_a_split = splits_of(v, config.n)
+    tma = descriptor_fits(e) and descriptor_fits(c)
+    partial, target_logit = (bounds, bounds) if outputs is None else outputs
+    eps = filt.threshold(problem.operand_dtype)
+    hits_kernel[(triton.cdiv(n, config.m) * splits,)](
+        operand(e, [config.m, config.k], tma),
+        operand(c, [config.n, config.k], tma),
+        bounds if bias is None else bias,
+        problem.targets,
+        bounds,
+        partial,
+        target_logit,
+        record,
+        seed,
+        (n, v, problem.d, problem.first_column),
+        tuple(e.stride()),
+        tuple(c.stride()),
+        splits,
+        tiles_a_split,
+        (float(problem.softcap or 1.0), math.log2(math.e) / problem.temperature, math.log2(eps) - SLACK),
+        M=config.m,
+        N=config.n,
+        K=config.k,
+        GROUP=config.group,
+        FLATTEN=config.flatten,
+        FLAGS=(bias is not None, problem.softcap is not None, outputs is not None, filt.kind is FilterKind.STOCHASTIC),
+        TMA=tma,
+        PRECISION=precision_of(c),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
+    """nll and lse of every token, and the record of `record_shape`. Requires `leaves_record`. No host sync."""
+    filt = kept_filter(problem, plan)
+    assert filt is not None
+    n, device = problem.n, problem.e.device
+    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    heads = Heads(new(n), new(n), new(0), new(0), torch.empty(0, dtype=torch.int64, device=device))
+    record = torch.empty(record_shape(problem, plan), dtype=torch.int32, device=device)
+    splits, _ = splits_of(problem.v, config_for("forward", problem.c).n)
+    scale = math.log2(math.e) / problem.temperature
+    partial, target_logit = new(2, splits, n), new(n)
+    _launch(problem, filt, seed, _bounds(problem, scale), words_of(problem, record), (partial, target_logit))
+    combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
+        partial,
+        heads.argmax,
+        partial,
+        target_logit,
+        problem.targets,
+        *heads,
+        n,
+        splits,
+        scale,
+        float(problem.temperature),
+        M=_COMBINE_ROWS,
+        FLAGS=(problem.bias is not None, problem.softcap is not None, False, False, False, False),
+        num_warps=4,
+    )
+    return heads, record
+
+
+def _bounds(problem: Problem, scale: float) -> Tensor:
+    """(N,) lower bounds of the lse in base 2: the target's logit, and the log-sum-exp of the first columns."""
+    e, c, bias = problem.e, problem.c, problem.bias
+    out = torch.empty(problem.n, dtype=torch.float32, device=e.device)
+    first_bounds_kernel[(problem.n,)](
+        e,
+        c,
+        out if bias is None else bias,
+        problem.targets,
+        out,
+        out,
+        problem.d,
+        tuple(e.stride()),
+        tuple(c.stride()),
+        float(problem.softcap or 1.0),
+        scale,
+        FEATURES=min(1024, triton.next_power_of_2(problem.d)),
+        FLAGS=(bias is not None, problem.softcap is not None, False),
+    )
+    if problem.v > 2 * FIRST_COLUMNS:
+        some = dataclasses.replace(
+            problem,
+            c=c[:FIRST_COLUMNS],
+            bias=None if bias is None else bias[:FIRST_COLUMNS],
+            column_weight=None,
+            targets=problem.targets.clamp(max=0),  # the lse does not depend on the target
+        )
+        heads, _ = forward_heads(some, Plan(Variant("lse", "")))
+        out = torch.maximum(out, heads.lse * math.log2(math.e))  # inf where ignored stays
+    return out
+
+
+def found_again(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor) -> Tensor:
+    """The record as (column tiles, N) int16 words, by one more walk with the final lse (N,)."""
+    words = torch.empty((_tiles(problem), problem.n), dtype=torch.int16, device=problem.e.device)
+    _launch(problem, filt, seed, lse * math.log2(math.e), words, None)
+    return words

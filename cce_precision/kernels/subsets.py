@@ -1,0 +1,101 @@
+"""The tail of a subset filter as small dense products: for dE a share of the columns, for dC a share of the tokens.
+
+What lies below eps counts `share` times where its column (dE) or token (dC) was drawn, rounded to the inputs' dtype,
+and not at all elsewhere. So only those columns' and those tokens' logits are computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..numerics import Filter
+from ..problem import Plan, Problem
+from .dense import accumulate_product, visiting_order
+from .elements import COLUMNS, ROWS, ElementFilter, members_drawn, write_filtered
+from .terms import RowTerms
+
+__all__ = ["Tail", "members", "tail_of"]
+
+MOST_COLUMNS = 2048  # drawn columns of one product of dE
+
+
+def members(problem: Problem, plan: Plan, e: Tensor, filt: Filter, seed: Tensor, over_columns: bool) -> Tensor:
+    """The columns (for dE) or tokens (for dC) that a subset filter draws, int64; -1 in a group that is not whole."""
+    size, first = (problem.v, problem.first_column) if over_columns else (problem.n, 0)
+    places = members_drawn(seed, size, filt.share, first, over_columns)
+    order = visiting_order(problem, plan, e) if over_columns else None
+    return places if order is None else torch.where(places >= 0, order[places.clamp(min=0)], -1)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is below eps, of drawn columns and of drawn tokens."""
+
+    problem: Problem
+    terms: RowTerms
+    e: Tensor  # (N, D), ignored rows 0
+    columns_drawn: Tensor  # (V / share,) int64, -1 for none
+    part: Problem  # the drawn tokens alone
+    part_terms: RowTerms
+    part_e: Tensor  # (N / share, D), 0 for none
+    by_columns: ElementFilter
+    by_tokens: ElementFilter
+
+    def add_to_rows(self, total: Tensor) -> None:
+        """total (N, D) fp32 += the tail of the drawn columns times their classifier rows."""
+        problem, drawn = self.problem, self.columns_drawn
+        where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
+        where.scatter_(0, torch.where(drawn >= 0, drawn, problem.v), torch.arange(drawn.numel(), device=drawn.device))
+        here = (problem.targets >= 0) & (problem.targets < problem.v)
+        targets = torch.where(here, where[problem.targets.clamp(0, problem.v - 1)], -1)
+        terms = dataclasses.replace(self.terms, targets=targets)
+        factor = torch.where(drawn >= 0, self.by_columns.factor, 0)
+        width = min(MOST_COLUMNS, -(-drawn.numel() // 8) * 8)
+        dz = torch.empty((problem.n, width), dtype=problem.operand_dtype, device=drawn.device)
+        for start in range(0, drawn.numel(), width):
+            index = drawn[start : start + width].clamp(min=0)
+            c, bias = problem.c[index], None if problem.bias is None else problem.bias[index]
+            filt = dataclasses.replace(self.by_columns, factor=factor[start : start + width])
+            x = dz[:, : index.numel()]
+            write_filtered(problem, self.e, c, bias, start, terms, filt, x, None)
+            accumulate_product(total, x, c, False)
+
+    def columns(self, start: int, c: Tensor, bias: Tensor | None, total: Tensor | None, sums: bool) -> Tensor | None:
+        """total (W, D) fp32 = the tail of the drawn tokens in the columns c (W, D) from `start` on, times their
+        embeddings. Returns its column sums (W,), if wanted.
+        """
+        x = torch.empty((self.part.n, -(-c.shape[0] // 8) * 8), dtype=c.dtype, device=c.device)[:, : c.shape[0]]
+        column_sums = write_filtered(
+            self.part, self.part_e, c, bias, start, self.part_terms, self.by_tokens, x, None, sums
+        )
+        if total is not None:
+            accumulate_product(total, x.T, self.part_e, True)
+        return None if column_sums is None else column_sums.sum(0)
+
+
+def tail_of(problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filter, seed: Tensor) -> Tail:
+    """The tail of a subset filter, the same on both sides."""
+    eps = filt.threshold(problem.operand_dtype)
+    tokens = members(problem, plan, e, filt, seed, False)
+    index, real = tokens.clamp(min=0), tokens >= 0
+    drawn = members(problem, plan, e, filt, seed, True)
+    full = lambda x: torch.full(x.shape, float(filt.share), dtype=torch.float32, device=e.device)  # noqa: E731
+    rows = terms.terms[:, index]
+    rows[0] = torch.where(real, rows[0], torch.inf)  # hence P = 0
+    targets = torch.where(real, problem.targets[index], -1)
+    part_e = torch.where(real[:, None], e[index], 0)
+    return Tail(
+        problem,
+        terms,
+        e,
+        drawn,
+        dataclasses.replace(problem, e=part_e, targets=targets),
+        dataclasses.replace(terms, targets=targets, terms=rows, label=torch.zeros_like(rows[0])),
+        part_e,
+        ElementFilter(COLUMNS, eps, seed, full(drawn), tail=True),
+        ElementFilter(ROWS, eps, seed, full(tokens), tail=True),
+    )
