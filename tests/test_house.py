@@ -35,6 +35,7 @@ RANKS = {
     "kernels": 2,
     "autograd": 3,
     "validation": 3,
+    "choosing": 3,
     "parallel": 3.5,
     "interface": 4,
     "": 5,  # the package itself: public names only
