@@ -53,6 +53,20 @@ def t_quantile(level: float, freedom: float) -> float:
     return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
 
 
+def _order_statistics(size: int, level: float, tail: float) -> tuple[int, int]:
+    """Ranks between which a quantile lies, missed with probability `tail` at most on either side: of `size` values the
+    number below it is binomial. 0: below the smallest; size + 1: above the largest."""
+    first, last, below = 0, size + 1, 0.0
+    for k in range(size + 1):  # below: P(fewer than k values lie under the quantile)
+        if below <= tail:
+            first = k
+        if 1 - below <= tail:
+            last = min(last, k)
+        choose = math.lgamma(size + 1) - math.lgamma(k + 1) - math.lgamma(size - k + 1)
+        below += math.exp(choose + k * math.log(level) + (size - k) * math.log1p(-level))
+    return first, last
+
+
 def _inclusion(weight: Tensor, size: int) -> Tensor:
     """(M,) probabilities that sum to `size`, proportional to `weight` and at most 1."""
     chosen = torch.zeros_like(weight, dtype=torch.bool)  # rows that are taken for certain
@@ -119,29 +133,33 @@ class Sample:
         return n / (n - 1) * total, max(1.0, freedom)
 
     def quantile(self, x: Tensor, level: float, confidence: float, low: Tensor, high: Tensor) -> Interval:
-        """Quantile of x over the population, x (B,) between `low` and `high`; Woodruff's interval by Wilson's score.
+        """Quantile of x over the population, x (B,) between `low` and `high`.
 
-        `high` of the interval is infinite where fewer than one row of the sample is expected above it.
+        The interval is that of order statistics, exact for equal probabilities: the number of values below the
+        quantile is binomial. Unequal ones count as the size that gives the same variance (Woodruff; Kish for the
+        size). `high` of the interval is infinite where the sample is too small to say.
         """
         weight = 1 / self.probability
         total = float(weight.sum())
 
-        def at(values: Tensor, place: float, after: int = 0) -> float:
+        def at(values: Tensor, place: float) -> float:
             ordered, order = values.sort()
             share = weight[order].cumsum(0) / total
-            return float(ordered[min(max(0, int(torch.searchsorted(share, place - 1e-12)) + after), len(ordered) - 1)])
+            return float(ordered[min(int(torch.searchsorted(share, place - 1e-12)), len(ordered) - 1)])
 
         value = at(x, level)
-        chance = level * (1 - level)
         doubt = float(((1 - self.probability) * weight.square()).sum()) / total**2  # 1 / effective size
         if doubt == 0:
             return Interval(value, at(low, level), at(high, level))
         # Rows beyond the quantile may be those with the large weights: what the sample shows of that counts too.
         shown, _ = self._variance(((x <= value).double() - level) * weight)
-        z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * max(doubt, shown / total**2 / chance)
-        centre, half = level + z2 / 2, math.sqrt(z2 * (chance + z2 / 4))
-        least, most = ((centre + sign * half) / (1 + z2) for sign in (-1, 1))
-        return Interval(value, at(low, least, -1), math.inf if 1 - most < doubt else at(high, most))
+        size = max(1, int(1 / max(doubt, shown / total**2 / (level * (1 - level)))))
+        first, last = _order_statistics(size, level, (1 - confidence) / 2)
+        return Interval(
+            value,
+            at(low, (first - 1) / size) if first else 0.0,
+            at(high, last / size) if last <= size else math.inf,
+        )
 
     def where(self, kept: Tensor) -> Sample:
         """The part of the sample that lies in a domain; `kept` (B,) bool. The population's size is estimated."""
