@@ -361,6 +361,16 @@ def _claim(recipe: Recipe, digest: str, out: Path) -> None:
         path.write_text(json.dumps(asked, indent=1) + "\n")
 
 
+def _tokenizer(recipe: Recipe, tokens: Tokens) -> Any:
+    """What turns text into the model's tokens, as transformers has it."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if recipe.model is not None and (Path(recipe.model) / "tokenizer.json").exists():
+        return AutoTokenizer.from_pretrained(recipe.model, local_files_only=True)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokens.tokenizer))
+
+
 def is_main() -> bool:
     """Whether this is the first of the processes that a launcher started."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -426,6 +436,6 @@ def run(
         if accelerator.is_main_process:
             plain: Any = trainer.plain
             plain.save_pretrained(out / "model", state_dict=state)
-            (out / "model" / "tokenizer.json").write_text(tokens.tokenizer)
+            _tokenizer(recipe, tokens).save_pretrained(out / "model")
     accelerator.free_memory()
     return Outcome(finished, trainer.step, read_curve(out) if accelerator.is_main_process else [])

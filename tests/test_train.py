@@ -194,7 +194,9 @@ def test_a_run_writes_its_curve_and_a_model_that_loads(whole: Path, tokens: Toke
     loaded = build(str(whole / "model"), "", "", tokens.vocabulary, SMALL.context, torch.float32)
     ids = Order(tokens.heldout, SMALL.context, 1, 0).take([0])
     assert loaded(input_ids=ids, labels=ids).loss.item() < np.log(tokens.vocabulary)
-    assert load_tokenizer(whole / "model").to_str() == tokens.tokenizer
+    text = "In the beginning God created the heaven and the earth."
+    (whole / "own.json").write_text(tokens.tokenizer)
+    assert load_tokenizer(whole / "model").encode(text).ids == load_tokenizer(whole / "own.json").encode(text).ids
 
 
 def test_sigterm_ends_the_step_and_the_run_resumes_to_the_same_bits(
@@ -309,7 +311,7 @@ def test_the_measured_error_is_real_and_within_its_bound(name: str, model: torch
 def test_a_zero_gradient_is_all_wrong(model: torch.nn.Module) -> None:
     head: Head = head_of(model, torch.randint(300, (4, 32)))
     errors = relative_errors(head, torch.zeros_like(head.e), torch.zeros_like(head.c), seed=0)
-    assert errors["dE"] == pytest.approx(1) and errors["dC"] == pytest.approx(1)
+    assert all(errors[f"{side}_low"] <= 1 <= errors[f"{side}_high"] and errors[side] > 0.9 for side in ("dE", "dC"))
 
 
 def test_the_perturbed_control_differs_in_last_bits_alone() -> None:
