@@ -23,9 +23,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows, plain_gradients, tiled_gradients
+from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows, tiled_gradients
 from cce_precision.analysis.bounds_logits import Blocks, plain_softmax, precision, tiled_softmax
 from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, INTERPRETER, MACHINES, Computed, Machine
+from cce_precision.analysis.bounds_plain import plain_gradients
+from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages
 from cce_precision.analysis.references import Objective, Quantities
 from cce_precision.eager.tiles import block_shape, target_positions, vocabulary_order
 from cce_precision.numerics import Path
@@ -41,10 +43,12 @@ KEPT = 2**23  # logits up to which a softmax is kept between the forward and the
 class Call:
     """One call in visiting order, cut into blocks of valid tokens."""
 
-    def __init__(self, problem: Problem, plan: Plan, objective: Objective, machine: Machine) -> None:
-        self.problem, self.plan, self.objective, self.machine = problem, plan, objective, machine
+    def __init__(
+        self, problem: Problem, plan: Plan, objective: Objective, machine: Machine, stages: Stages = ALL_STAGES
+    ) -> None:
+        self.problem, self.plan, self.objective, self.machine, self.stages = problem, plan, objective, machine, stages
         self.variant, self.tiled = plan.variant, plan.variant.path is Path.TILED
-        self.p = precision(problem, machine)
+        self.p = precision(problem, machine, Stage.SOFTMAX, stages)
         self.valid = (problem.targets >= 0).nonzero()[:, 0]
         self.order = vocabulary_order(problem, self.variant, self.valid) if self.tiled else None
         self.ids = torch.arange(problem.v, device=problem.e.device) if self.order is None else self.order
@@ -71,7 +75,10 @@ class Call:
             index = self.valid[start : start + self.height]
             e, targets = self.problem.e.detach()[index].double(), self.targets[index]
             arguments = (self.problem, e, self.c, self.bias, targets, self.weight, self.machine)
-            softmax = tiled_softmax(*arguments, self.blocks) if self.tiled else plain_softmax(*arguments)
+            if self.tiled:
+                softmax = tiled_softmax(*arguments, self.blocks, self.stages)
+            else:
+                softmax = plain_softmax(*arguments, self.stages)
             block = Rows(slice(start, start + len(index)), index, e, targets, softmax)
             if keep:
                 self._kept.append(block)
@@ -191,10 +198,37 @@ class Call:
     def gradients(self, seed: Tensor) -> GradientBounds:
         factors, rows = self.factors(), self.rows
         if not self.tiled:
-            return plain_gradients(self.problem, self.machine, factors, rows, self.c, self.weight)
+            return plain_gradients(self.problem, self.machine, factors, rows, self.c, self.weight, self.stages)
         return tiled_gradients(
-            self.problem, self.variant, self.machine, factors, rows, self.c, self.weight, self.ids, self.width, seed
-        )
+            self.problem, self.variant, self.machine, factors, rows, self.c, self.weight, self.ids, self.width, seed,
+            self.stages,
+        )  # fmt: skip
+
+    def quantities(self, seed: int, gradients: bool = True) -> Quantities:
+        """What `bound` returns."""
+        self.forward()
+        losses, n, d = self.losses(), self.problem.n, self.problem.d
+
+        def spread(x: Tensor) -> Tensor:
+            """(M, ...) of the valid tokens as (N, ...)."""
+            return torch.zeros(n, *x.shape[1:], dtype=torch.float64, device=x.device).index_copy(0, self.valid, x)
+
+        value = self.value(losses).error
+        result = {
+            "loss": spread(losses.error),
+            "value": spread(value) if self.objective.reduction == "none" else value,
+            "p_complement": spread(self.head("complement").error),
+            "dE": torch.zeros(0, d, dtype=torch.float64),
+            "dC": torch.zeros(0, d, dtype=torch.float64),
+            "dbias": torch.zeros(0, dtype=torch.float64),
+        }
+        result |= {name: spread(self.head(name).error) for name in ("nll", "lse", "entropy", "smooth")}
+        if gradients:
+            g = self.gradients(torch.full((), seed, dtype=torch.int64, device=self.c.device))
+            undo = torch.argsort(self.ids)
+            result |= {"dE": spread(g.d_e), "dC": g.d_c[undo], "dbias": g.d_bias[undo]}
+        allowed = {name: (x * INFLATION).nan_to_num(nan=math.inf, posinf=math.inf) for name, x in result.items()}
+        return Quantities(**allowed)
 
 
 def bound(
@@ -224,29 +258,4 @@ def bound(
     """
     machine = MACHINES[machine] if isinstance(machine, str) else machine
     call = Call(problem, plan, Objective() if objective is None else objective, machine)
-    call.forward()
-    losses = call.losses()
-    n, d = problem.n, problem.d
-
-    def spread(x: Tensor) -> Tensor:
-        """(M, ...) of the valid tokens as (N, ...)."""
-        return torch.zeros(n, *x.shape[1:], dtype=torch.float64, device=x.device).index_copy(0, call.valid, x)
-
-    value = call.value(losses).error
-    result = {
-        "loss": spread(losses.error),
-        "value": spread(value) if call.objective.reduction == "none" else value,
-        "nll": spread(call.head("nll").error),
-        "lse": spread(call.head("lse").error),
-        "entropy": spread(call.head("entropy").error),
-        "smooth": spread(call.head("smooth").error),
-        "p_complement": spread(call.head("complement").error),
-        "dE": torch.zeros(0, d, dtype=torch.float64),
-        "dC": torch.zeros(0, d, dtype=torch.float64),
-        "dbias": torch.zeros(0, dtype=torch.float64),
-    }
-    if gradients:
-        g = call.gradients(torch.full((), seed, dtype=torch.int64, device=problem.e.device))
-        undo = torch.argsort(call.ids)
-        result |= {"dE": spread(g.d_e), "dC": g.d_c[undo], "dbias": g.d_bias[undo]}
-    return Quantities(**{name: (x * INFLATION).nan_to_num(nan=math.inf, posinf=math.inf) for name, x in result.items()})
+    return call.quantities(seed, gradients)

@@ -1,4 +1,4 @@
-"""Bounds of the backward passes: dE, dC and dbias of the tiled passes, and of PyTorch's own for stored logits.
+"""Bounds of the tiled backward pass: dE, dC and dbias.
 
 Whatever a filter decides for certain is known, so its effect enters with its sign, as the exact gradient of a changed
 softmax; all else enters as magnitudes. Rows come in the blocks of the pass where tiles matter.
@@ -6,6 +6,7 @@ softmax; all else enters as magnitudes. Rows come in the blocks of the pass wher
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,10 +16,11 @@ from torch import Tensor
 from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
 from cce_precision.analysis.bounds_model import Computed, Machine, Precision, half_ulp
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
-from cce_precision.numerics import Accumulation, Filter, Operand, Variant
+from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
+from cce_precision.numerics import NO_FILTER, Accumulation, Filter, Operand, Variant
 from cce_precision.problem import Problem
 
-__all__ = ["Factors", "GradientBounds", "Rows", "plain_gradients", "tiled_gradients"]
+__all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +124,12 @@ class _Tiled:
         ids: Tensor,  # (V,) vocabulary ids
         width: int,
         seed: Tensor,
+        stages: Stages,
     ) -> None:
-        self.problem, self.variant, self.machine, self.c, self.ids, self.width = (
-            problem,
-            variant,
-            machine,
-            c,
-            ids,
-            width,
-        )
-        self.p = precision(problem, machine)
+        self.problem, self.machine, self.stages = problem, machine, stages
+        self.c, self.ids, self.width = c, ids, width
+        self.variant = _with_exact_stages(variant, stages)
+        self.p = precision(problem, machine, Stage.DZ, stages)
         self.seed, self.weight = seed, Computed.exact(weight)
         self.S = factors.late_scale()
         self.factors = factors.divided(self.S)
@@ -142,8 +140,12 @@ class _Tiled:
 
     def sum_of(self, mode: Accumulation, shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
         scaled = self.problem.temperature != 1.0
+        at = lambda stage: precision(self.problem, self.machine, stage, self.stages)  # noqa: E731
+        last = Stage.OUTPUT if mode is Accumulation.FP32 else Stage.SUM
         return new_sum(
-            mode, shape, self.c, p=self.p, machine=self.machine, operand=self.problem.operand_dtype, dtype=dtype,
+            mode, shape, self.c, p=at(Stage.SUM), products=at(Stage.PRODUCT), scaling=at(last), machine=self.machine,
+            operand=stage_dtype(self.stages, Stage.PRODUCT, self.problem.operand_dtype),
+            dtype=stage_dtype(self.stages, last, dtype),
             scale=self.S / self.problem.temperature, scalings=4 if scaled else 0,
         )  # type: ignore[arg-type]  # fmt: skip
 
@@ -241,6 +243,18 @@ class _Tiled:
         return Computed(x.value, x.error + lost)
 
 
+def _with_exact_stages(variant: Variant, stages: Stages) -> Variant:
+    """The record without the filters, the rounding of dZ and the low-precision sums of stages that are exact."""
+    changed: dict[str, object] = {}
+    if Stage.FILTER not in stages:
+        changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER}
+    if Stage.DZ not in stages:
+        changed["operand"] = Operand.FP32
+    if Stage.SUM not in stages:
+        changed |= {"accum_e": Accumulation.FP32, "accum_c": Accumulation.FP32}
+    return dataclasses.replace(variant, **changed)  # type: ignore[arg-type]
+
+
 def _product(left: Computed, right: Tensor, absolute_right: Tensor, extra: Tensor | None = None) -> Contribution:
     """left (B, K) times an exact right (K, D)."""
     error = left.error if extra is None else left.error + extra
@@ -262,10 +276,11 @@ def tiled_gradients(
     ids: Tensor,
     width: int,
     seed: Tensor,
+    stages: Stages = ALL_STAGES,
 ) -> GradientBounds:
     """Bounds for `eager/backward.py`; arguments as of `_Tiled`. `blocks` are those of the pass where tiles matter."""
-    t = _Tiled(problem, variant, machine, factors, c, weight, ids, width, seed)
-    p, (v, d) = t.p, c.shape
+    t = _Tiled(problem, variant, machine, factors, c, weight, ids, width, seed, stages)
+    variant, (v, d) = t.variant, c.shape
     shared = variant.filter_e == variant.filter_c and not variant.filter_e.random
     sum_c = t.sum_of(variant.accum_c, (v, d), problem.c.dtype)
     change_c, unsure_c = torch.zeros_like(c), torch.zeros_like(c)
@@ -291,13 +306,10 @@ def tiled_gradients(
             bias.unsure += dz_c.unsure.sum(0)
         if variant.label_apart:
             x = _label(t, rows)
-            one_hot = torch.zeros(len(x.value), v, dtype=torch.float64, device=c.device)
-            one_hot.scatter_(1, rows.targets[:, None], 1.0)
-            spread = Computed(x.value[:, None] * one_hot, x.error[:, None] * one_hot)
-            error = (spread.error + p.u * spread.upper).T @ absolute_e
-            values = Contribution(spread.value.T @ e, error, spread.upper.T @ absolute_e, 0, product=False)
-            sum_c.add(values)
-            bias.add_label(spread)
+            to = lambda row, of: torch.zeros_like(c).index_add_(0, rows.targets, row[:, None] * of)  # noqa: E731,B023
+            error = to(x.error + t.p.u * x.upper, absolute_e)
+            sum_c.add(Contribution(to(x.value, e), error, to(x.upper, absolute_e), 0, product=False))
+            bias.add_label(x, rows.targets)
         if t.smooth_apart:
             sigma = t.factors.smooth
             assert sigma is not None
@@ -375,10 +387,9 @@ class _BiasSum:
         self.depth = max(self.depth, self.t.machine.sum_depth(x.value.shape[0], inner=False))
         self.blocks += 1
 
-    def add_label(self, x: Computed) -> None:
-        self.value += x.value.sum(0)
-        self.error += x.error.sum(0)
-        self.absolute += x.upper.sum(0)
+    def add_label(self, x: Computed, targets: Tensor) -> None:
+        for total, part in ((self.value, x.value), (self.error, x.error), (self.absolute, x.upper)):
+            total.index_add_(0, targets, part)
 
     def result(self, label_terms: Tensor) -> Tensor:
         t, p = self.t, self.t.p
@@ -409,92 +420,3 @@ def _smooth_parts(t: _Tiled, sum_c: Sum, bias: _BiasSum, weighted_e: Tensor, sig
     bias.value -= part.value
     bias.error += part.error
     bias.absolute += part.upper
-
-
-def plain_gradients(
-    problem: Problem,
-    machine: Machine,
-    factors: Factors,
-    blocks: Callable[[], Iterable[Rows]],
-    c: Tensor,
-    weight: Tensor,
-) -> GradientBounds:
-    """Bounds for PyTorch's autograd of `eager/plain.py`. No late scaling: dZ is rounded as it comes."""
-    p = precision(problem, machine)
-    stored, (v, d) = problem.operand_dtype, c.shape
-    value, error, absolute = (torch.zeros_like(c) for _ in range(3))
-    bias = [torch.zeros(v, dtype=torch.float64, device=c.device) for _ in range(3)]
-    rows_e, n = [], 0
-    for rows in blocks():
-        dz = _plain_dz(problem, machine, factors.at(rows.place), rows, weight, p)
-        n += len(rows.targets)
-        out, size = dz.value @ c, dz.upper @ c.abs()
-        own = dz.error @ c.abs() + machine.products(p, v, size, out.abs(), stored, exact=False)
-        rows_e.append(_stored(Computed(out, own), stored, problem.e.dtype, p))
-        value += dz.value.T @ rows.e
-        error += dz.error.T @ rows.e.abs()
-        absolute += dz.upper.T @ rows.e.abs()
-        for total, part in zip(bias, (dz.value, dz.error, dz.upper), strict=True):
-            total += part.sum(0)
-    error = error + machine.products(p, n, absolute, value.abs(), stored, exact=False)
-    depth = machine.sum_depth(problem.n, inner=False)
-    d_bias = Computed(bias[0], bias[1] + depth * p.u * bias[2])
-    bias_dtype = p.dtype if problem.bias is None else problem.bias.dtype
-    return GradientBounds(
-        torch.cat(rows_e) if rows_e else torch.zeros(0, d, dtype=torch.float64, device=c.device),
-        _stored(Computed(value, error), stored, problem.c.dtype, p),
-        _stored(d_bias, stored, bias_dtype, p),
-    )
-
-
-def _stored(x: Computed, first: torch.dtype, second: torch.dtype, p: Precision) -> Tensor:
-    """Error after rounding to the logits' dtype, and then to the input's."""
-    for dtype in (first, second):
-        if dtype != p.dtype:
-            x = x.stored(dtype)
-    return x.error
-
-
-def _plain_dz(problem: Problem, machine: Machine, f: Factors, rows: Rows, weight: Tensor, p: Precision) -> Computed:
-    """(B, V) gradient of the stored logits, each head's part formed by itself and all added up in some order."""
-    s, stored = rows.softmax, problem.operand_dtype
-    is_target = torch.zeros_like(s.p.value, dtype=torch.bool).scatter_(1, rows.targets[:, None], True)
-    one_hot = Computed.exact(is_target.double())
-    beta = f.nll.column()
-    value = torch.where(is_target, -s.complement.value[:, None], s.p.value) * f.nll.value[:, None]
-    part = (beta * s.p).rounded(p, 2)
-    error = part.error + is_target * (2 * p.u * beta.upper + beta.error * one_hot.value)
-    x, size, parts = Computed(value, error), part.upper + is_target * beta.upper, 1
-    depth = machine.sum_depth(problem.v)
-    through_lse = f.lse
-    if f.smooth is not None:
-        sigma = f.smooth.column()
-        direct = (sigma * Computed.exact(weight)).rounded(p)
-        total = Computed.exact(weight).sum(0, p, depth)
-        rest = (f.smooth * total).rounded(p)
-        through_lse = rest if through_lse is None else (through_lse + rest).rounded(p)
-        x, size, parts = x - direct, size + direct.upper, parts + 1
-    if through_lse is not None:
-        part = (through_lse.column() * s.p_lse).rounded(p, 2)
-        x, size, parts = x + part, size + part.upper, parts + 1
-    if f.entropy is not None:
-        log_p = s.log_p
-        inner = (s.p * Computed(1 + log_p.value, log_p.error).rounded(p)).rounded(
-            p, 2
-        )  # gradient of -H / kappa at log P
-        mean = inner.sum(1, p, depth)
-        part = (inner - (s.p * mean.column()).rounded(p, 2)).rounded(p)
-        part = (f.entropy.column() * part).rounded(p, 2)
-        x, size, parts = x - part, size + part.upper + f.entropy.column().upper * inner.upper, parts + 1
-    x = Computed(x.value, x.error + parts * p.u * size)
-    if problem.temperature != 1.0:
-        x = Computed(x.value / problem.temperature, x.error / problem.temperature).rounded(p, 3)
-    if stored != p.dtype:
-        x = x.stored(stored)
-    if problem.softcap is None:
-        return x
-    assert s.slope is not None
-    low = (lambda y: y.stored(stored)) if stored != p.dtype else (lambda y: y)
-    x = low(Computed(x.value * problem.softcap, x.error * problem.softcap).rounded(p, 2))
-    x = low((x * s.slope).rounded(p, 2))
-    return low(Computed(x.value / problem.softcap, x.error / problem.softcap).rounded(p, 3))

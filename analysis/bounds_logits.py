@@ -19,6 +19,7 @@ from cce_precision.analysis.bounds_model import (
     inexact_additions,
     significand_bits,
 )
+from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.problem import Problem
 
 __all__ = ["Blocks", "Softmax", "plain_softmax", "precision", "tiled_softmax"]
@@ -54,8 +55,9 @@ class Softmax:
     smooth: Computed  # (B,)
 
 
-def precision(problem: Problem, machine: Machine) -> Precision:
-    return Precision(problem.compute_dtype, machine.ulps, machine.roundings)
+def precision(problem: Problem, machine: Machine, stage: Stage = Stage.DZ, stages: Stages = ALL_STAGES) -> Precision:
+    """How a stage rounds; one that is not among `stages` is exact, which is to say fp64."""
+    return Precision(stage_dtype(stages, stage, problem.compute_dtype), machine.ulps, machine.roundings)
 
 
 def _certain(x: Computed) -> Computed:
@@ -63,17 +65,17 @@ def _certain(x: Computed) -> Computed:
     return Computed(x.value, torch.where(x.value.isinf(), 0.0, x.error))
 
 
-def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine) -> Computed:
+def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine, stages: Stages) -> Computed:
     """(B, V) e c^T with fp32 (fp64) accumulation. e (B, D), c (V, D) fp64."""
-    p = precision(problem, machine)
+    p = precision(problem, machine, Stage.LOGITS, stages)
     value, absolute = e @ c.T, e.abs() @ c.abs().T
     bits = (significand_bits(problem.e.dtype), significand_bits(problem.c.dtype))
-    available = significand_bits(problem.compute_dtype)
-    exact, inexact = sum(bits) <= available, None
+    exact, inexact = sum(bits) <= significand_bits(p.dtype), None
     if exact and not machine.block and value.numel() * problem.d <= CLOSE_LOOK:
         largest = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
-        inexact = inexact_additions(e, c, bits, largest, problem.compute_dtype)
-    error = machine.products(p, problem.d, absolute, value.abs(), problem.operand_dtype, exact, inexact)
+        inexact = inexact_additions(e, c, bits, largest, p.dtype)
+    operand = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
+    error = machine.products(p, problem.d, absolute, value.abs(), operand, exact, inexact)
     return Computed(value, error)
 
 
@@ -103,11 +105,11 @@ def _slope(x: Tensor, tanh: Computed, p: Precision) -> Computed:
 
 
 def tiled_logits(
-    problem: Problem, e: Tensor, c: Tensor, bias: Tensor | None, machine: Machine
+    problem: Problem, e: Tensor, c: Tensor, bias: Tensor | None, machine: Machine, stages: Stages
 ) -> tuple[Computed, Computed | None, Computed | None]:
     """Logits (B, V), slope and tanh, as the tiled passes form them. e (B, D), c (V, D), bias (V,), all fp64."""
-    p = precision(problem, machine)
-    y = products(problem, e, c, machine)
+    p = precision(problem, machine, Stage.LOGITS, stages)
+    y = products(problem, e, c, machine, stages)
     if bias is not None:
         y = _certain(Computed(y.value + bias, y.error).rounded(p))
     slope = tanh = None
@@ -223,10 +225,11 @@ def tiled_softmax(
     weight: Tensor,  # (V,) fp64 column weights
     machine: Machine,
     blocks: Blocks,  # of the forward pass
+    stages: Stages = ALL_STAGES,
 ) -> Softmax:
     """The heads of the tiled forward pass (`eager/forward.py`) and the softmax of its backward pass."""
-    p = precision(problem, machine)
-    z, slope, tanh = tiled_logits(problem, e, c, bias, machine)
+    p = precision(problem, machine, Stage.SOFTMAX, stages)
+    z, slope, tanh = tiled_logits(problem, e, c, bias, machine, stages)
     x = _Exact.of(z, targets)
     depth, t = machine.sum_depth(blocks.width), blocks.count
     # The sum over the other columns: the arguments' roundings add up to u (m - z_j), however many rescalings; each
@@ -324,10 +327,12 @@ def plain_softmax(
     targets: Tensor,  # (B,)
     weight: Tensor,  # (V,) fp64 column weights
     machine: Machine,
+    stages: Stages = ALL_STAGES,
 ) -> Softmax:
     """The heads and the softmax of `eager/plain.py`: logits stored in the common dtype, then PyTorch's operations."""
-    p, stored = precision(problem, machine), problem.operand_dtype
-    y = products(problem, e, c, machine).stored(stored)
+    p = precision(problem, machine, Stage.LOGITS, stages)
+    stored = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
+    y = products(problem, e, c, machine, stages).stored(stored)
     if bias is not None:
         b = Computed.exact(bias)
         assert problem.bias is not None
@@ -342,6 +347,7 @@ def plain_softmax(
         y = _certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
     z = _Exact.of(y, targets)
 
+    p = precision(problem, machine, Stage.SOFTMAX, stages)
     m = z.z.amax(1)
     steps = machine.sum_depth(problem.v) + 8
     rho = _relative(m, z.p, z, p, steps)

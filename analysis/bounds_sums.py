@@ -29,7 +29,9 @@ class Contribution:
 class Sum:
     """A gradient under summation; `result` bounds its error against the exact sum of the values."""
 
-    p: Precision
+    p: Precision  # of additions
+    products: Precision  # of the matrix products
+    scaling: Precision  # of the multiplication by the scale
     machine: Machine
     operand: torch.dtype  # of the matrix products
     dtype: torch.dtype  # of the gradient
@@ -68,11 +70,11 @@ class SumOnce(Sum):
 
     def result(self) -> Tensor:
         out = self.value.abs() + self.error
-        lost = self.machine.products(self.p, self.product_terms, self.absolute, out, self.operand, exact=False)
+        lost = self.machine.products(self.products, self.product_terms, self.absolute, out, self.operand, exact=False)
         lost = lost + self.terms * self.p.u * (1 + self.terms * self.p.u) * (self.absolute + out) / 2
         total = Computed(self.value, self.error + lost)
-        total = Computed(total.value * self.scale, total.error * self.scale).rounded(self.p, self.scalings)
-        return (total if self.dtype == self.p.dtype else total.stored(self.dtype)).error
+        total = Computed(total.value * self.scale, total.error * self.scale).rounded(self.scaling, self.scalings)
+        return (total if self.dtype == self.scaling.dtype else total.stored(self.dtype)).error
 
 
 @dataclass
@@ -83,7 +85,8 @@ class SumInput(Sum):
         error = c.error
         if c.product:
             assert isinstance(c.terms, int)
-            error = error + self.machine.products(self.p, c.terms, c.absolute, c.value.abs(), self.operand, exact=False)
+            size, out = c.absolute, c.value.abs()
+            error = error + self.machine.products(self.products, c.terms, size, out, self.operand, exact=False)
         return Computed(c.value * self.scale, error * self.scale).rounded(self.p, self.scalings)
 
     def add(self, c: Contribution, where: Tensor | None = None) -> None:
