@@ -23,14 +23,14 @@ from torch import Tensor
 
 from cce_precision import choosing
 from cce_precision.analysis.bench_job import allocated
-from cce_precision.analysis.sampled import Measured, Sampled, measure
+from cce_precision.analysis.sampled import ExactRows, Measured, Sampled
 from cce_precision.analysis.sampled_statistics import t_quantile
 from cce_precision.choosing import BASELINE, Candidate, Choice, Errors
 from cce_precision.interface import linear_cross_entropy
 from cce_precision.kernels import one_pass_fits
 from cce_precision.numerics import Path, Variant
 from cce_precision.problem import Plan, Problem
-from cce_precision.variants import ALL, get
+from cce_precision.variants import ALL, DEFAULT, get
 
 __all__ = ["Run", "Timer", "candidates", "measured", "names", "table"]
 
@@ -146,6 +146,16 @@ class _Judge:
         self.rows, self.confidence, self.seed = rows, confidence, seed
         self.timer = Timer(problem.e.device)
         self.limit = NOTHING  # the baseline's errors, where they are the demand
+        self._exact: dict[int, ExactRows] = {}
+
+    def exact(self, rows: int) -> ExactRows:
+        """The exact gradients on so many rows, the same for all candidates; drawn by the sizes that `cce_exact` has."""
+        if rows not in self._exact:
+            _, de, dc = Run(DEFAULT)(self.problem)
+            self._exact[rows] = ExactRows(
+                self.problem, (de, dc), rows=rows, columns=rows, seed=self.seed, confidence=self.confidence
+            )
+        return self._exact[rows]
 
     def sample(self, trial: _Trial, rows: int) -> None:
         """Runs a candidate and measures its errors on so many rows; memory and one time with the first run."""
@@ -163,13 +173,7 @@ class _Judge:
             else:
                 trial.times.append(self.timer(work))
             loss, de, dc = results[0]
-            found.append(
-                measure(
-                    problem.e, problem.c, problem.targets, dE=de, dC=dc, loss=loss, bias=problem.bias,
-                    softcap=problem.softcap, temperature=problem.temperature, ignore_index=-1, rows=rows, columns=rows,
-                    seed=self.seed, confidence=self.confidence,
-                )
-            )  # fmt: skip
+            found.append(self.exact(rows).compare(de, dc, loss))
         de_low, de_high = _interval([one.dE for one in found])
         dc_low, dc_high = _interval([one.dC for one in found])
         losses = [one.loss for one in found if one.loss is not None]

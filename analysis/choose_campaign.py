@@ -39,10 +39,10 @@ __all__ = ["campaign", "judge", "problem_of", "summary"]
 KINDS = {"init": "flat", "trained": "peaked", "confident": "peaked", "captured": "diffuse"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCES = {"bf16": (2e-3, 1e-1), "fp16": (3e-4, 3e-2), "fp32": (2e-7, 1e-3)}
-SIZES = {"n": (64, 384), "v": (512, 6144), "d": (16, 192)}
-CAPTURED = (64, 256)  # tokens of a captured head
+SIZES = {"n": (64, 256), "v": (512, 4096), "d": (16, 192)}
+CAPTURED = (64, 160)  # tokens of a captured head
 FRESH_SEED = 10_000  # variants that sample are judged by a draw that the choice has not seen
-ROUNDS = 5
+ROUNDS = 3
 WITHIN = 1.15
 
 

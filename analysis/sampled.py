@@ -40,7 +40,18 @@ from cce_precision.numerics import Path, Variant
 from cce_precision.problem import Problem
 from cce_precision.variants import ALL, DEFAULT, get
 
-__all__ = ["Interval", "LossError", "Measured", "Sampled", "impls", "load", "measure", "measure_impl", "table"]
+__all__ = [
+    "ExactRows",
+    "Interval",
+    "LossError",
+    "Measured",
+    "Sampled",
+    "impls",
+    "load",
+    "measure",
+    "measure_impl",
+    "table",
+]
 
 LEVELS = (0.5, 0.9, 0.99)
 LSE = ("fp32", "fp64")
@@ -103,22 +114,17 @@ class Sampled:
 # -- the sample --------------------------------------------------------------------------------------------------------
 
 
-def _sizes(gradient: Tensor) -> tuple[Tensor, int]:
-    """(M,) squared norms of the rows on the CPU, a row that is not finite as large as the largest, and their number."""
+def _sizes(gradient: Tensor) -> Tensor:
+    """(M,) squared norms of the rows on the CPU, a row that is not finite as large as the largest."""
     norm = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32).cpu().double()
     bad = ~norm.isfinite()
     largest = norm[~bad].max() if bool((~bad).any()) else torch.ones((), dtype=torch.float64)
     scaled = torch.where(bad, largest, norm) / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return scaled.square(), int(bad.sum())
+    return scaled.square()
 
 
-def _draw(gradient: Tensor | None, through_targets: Tensor, size: int, seed: int) -> tuple[Sample, int]:
-    """A sample of rows, and how many rows of the gradient are not finite."""
-    weights, bad = [torch.ones_like(through_targets), through_targets], 0
-    if gradient is not None and len(gradient):
-        squares, bad = _sizes(gradient)
-        weights.append(squares)
-    return draw(weights, size, seed), bad
+def _nonfinite(gradient: Tensor) -> int:
+    return int((~gradient.isfinite()).any(1).sum())
 
 
 def _measured(
@@ -175,14 +181,7 @@ def _measured(
 # -- the public function -----------------------------------------------------------------------------------------------
 
 
-def _check(problem: Problem, dE: Tensor | None, dC: Tensor | None, loss: Any, lse: str, confidence: float) -> None:
-    if dE is None and dC is None and loss is None:
-        raise ValueError("nothing to measure: give at least one of dE, dC and loss")
-    for name, x, like in (("dE", dE, problem.e), ("dC", dC, problem.c)):
-        if x is not None and x.shape != like.shape:
-            raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
-        if x is not None and x.device != problem.e.device:
-            raise ValueError(f"{name} must be on the device of e, {problem.e.device}, got {x.device}")
+def _check(problem: Problem, lse: str, confidence: float) -> None:
     if problem.targets.shape != problem.e.shape[:1]:
         raise ValueError(f"targets must have shape ({problem.n},), got {tuple(problem.targets.shape)}")
     if lse not in LSE:
@@ -191,6 +190,118 @@ def _check(problem: Problem, dE: Tensor | None, dC: Tensor | None, loss: Any, ls
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
     if not bool((problem.targets >= 0).any()):
         raise ValueError("targets ignore every token, so there is nothing to measure")
+
+
+class ExactRows:
+    """The sampled rows of the exact gradients of sum_i g_i nll_i, and the exact loss: what results are compared with.
+
+    `problem`: targets -1 where ignored. `like`: gradients (dE, dC) whose rows' sizes guide the draw, those under test
+    or others of the same problem; None: the sizes play no part. `sides`: whether dE, dC and the loss will be compared.
+    The other arguments are those of `measure`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        problem: Problem,
+        like: tuple[Tensor | None, Tensor | None] = (None, None),
+        *,
+        sides: tuple[bool, bool, bool] = (True, True, True),
+        upstream: Tensor | float | None = None,
+        rows: int = 256,
+        columns: int = 256,
+        seed: int = 0,
+        confidence: float = 0.95,
+        lse: str = "fp32",
+    ) -> None:
+        _check(problem, lse, confidence)
+        self.problem, self.lse, self.confidence = problem, lse, confidence
+        device = problem.e.device
+        self.valid = (problem.targets >= 0).nonzero()[:, 0]  # (M,)
+        self.g = _upstream(upstream, self.valid)  # (M,)
+        targets = problem.targets[self.valid].cpu()
+        self.counts = torch.bincount(targets, minlength=problem.v)  # (V,) occurrences as a target
+        self.of_token = self.counts[targets]  # (M,)
+        self.tokens = self._draw(None if like[0] is None else like[0][self.valid], 1 / self.of_token, rows, seed)
+        self.chosen = self.valid[self.tokens.index.to(device)]
+        exact_rest, self.d_e = token_rows(problem, self.chosen, self.g[self.tokens.index.to(device)], sides[0])
+        self.delta, self.exact_loss, self.loss_radius = 0.0, math.nan, math.nan
+        if not (sides[1] or sides[2]):
+            return
+        if lse == "fp64":
+            rest = token_rows(problem, self.valid, self.g, gradients=False)[0]
+        else:
+            rest = fast_rest(problem, self.valid)
+            self.delta = float(errors(rest[self.tokens.index.to(device)], exact_rest).max())
+            rest[self.tokens.index.to(device)] = exact_rest
+        if sides[2]:
+            self._loss(rest)
+        if sides[1]:
+            self.vocabulary = self._draw(like[1], self.counts, columns, seed)
+            picked = self.vocabulary.index.to(device)
+            self.d_c, size = vocabulary_rows(problem, picked, self.valid, rest, self.g)
+            self.d_c_radius = size * math.expm1(min(self.delta, 700.0))
+
+    @staticmethod
+    def _draw(like: Tensor | None, through_targets: Tensor, size: int, seed: int) -> Sample:
+        weights = [torch.ones(len(through_targets)), through_targets]
+        if like is not None and len(like):
+            weights.append(_sizes(like.detach()))
+        return draw(weights, size, seed)
+
+    def _loss(self, rest: Tensor) -> None:
+        """sum_i g_i nll_i: nll = log(1 + exp(rest - z_t)), whose slope in `rest` is 1 - P_t."""
+        gap = rest - target_logits(self.problem, self.valid)
+        nll = torch.logaddexp(gap, torch.zeros_like(gap))
+        self.exact_loss = float((self.g * nll).sum())
+        self.loss_radius = self.delta * float((self.g.abs() * torch.sigmoid(gap)).sum())
+
+    @torch.no_grad()
+    def compare(
+        self, dE: Tensor | None = None, dC: Tensor | None = None, loss: Tensor | float | None = None
+    ) -> Sampled:
+        """The errors of gradients (N, D), (V, D) and of a loss that belong to this problem; see `measure`."""
+        started = time.perf_counter()
+        problem = self.problem
+        if dE is None and dC is None and loss is None:
+            raise ValueError("nothing to measure: give at least one of dE, dC and loss")
+        for name, x, like in (("dE", dE, problem.e), ("dC", dC, problem.c)):
+            if x is not None and x.shape != like.shape:
+                raise ValueError(f"{name} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
+            if x is not None and x.device != problem.e.device:
+                raise ValueError(f"{name} must be on the device of e, {problem.e.device}, got {x.device}")
+        of_dE = of_dC = found = None
+        leaks = 0
+        if dE is not None:
+            dE = dE.detach()
+            counts = self.of_token[self.tokens.index]
+            bad = _nonfinite(dE[self.valid])
+            of_dE = _measured(self.tokens, dE[self.chosen], self.d_e, None, counts, self.confidence, bad)
+            of_dE = replace(of_dE, worst=(int(self.valid[of_dE.worst[0]]), of_dE.worst[1]))
+            leaks = int((dE[problem.targets < 0] != 0).any(1).sum())
+        if dC is not None:
+            dC = dC.detach()
+            counts, bad = self.counts[self.vocabulary.index], _nonfinite(dC)
+            out = dC[self.vocabulary.index.to(dC.device)]
+            of_dC = _measured(self.vocabulary, out, self.d_c, self.d_c_radius, counts, self.confidence, bad)
+        if loss is not None:
+            out = torch.as_tensor(loss).detach().double().cpu()
+            off = float(errors(out, torch.tensor(self.exact_loss, dtype=torch.float64)))
+            relative = off / abs(self.exact_loss) if self.exact_loss else off
+            found = LossError(float(out), self.exact_loss, relative, self.loss_radius)
+        return Sampled(
+            problem.n, problem.v, problem.d, str(problem.operand_dtype).removeprefix("torch."), self.confidence,
+            of_dE, of_dC, found, leaks, self.lse, self.delta,
+            0.0 if self.lse == "fp64" else self.tokens.unseen(self.confidence), time.perf_counter() - started,
+        )  # fmt: skip
+
+
+def _upstream(upstream: Tensor | float | None, valid: Tensor) -> Tensor:
+    """(M,) fp64 gradients that arrive at the nll of the tokens `valid`."""
+    if isinstance(upstream, Tensor) and upstream.numel() > 1:
+        return upstream.detach().reshape(-1)[valid].double()
+    number = 1 / max(1, len(valid)) if upstream is None else float(upstream)
+    return torch.full((len(valid),), number, dtype=torch.float64, device=valid.device)
 
 
 @torch.no_grad()
@@ -235,59 +346,15 @@ def measure(
     d = c.shape[1]
     flat = targets.detach().reshape(-1).to(torch.int64)
     flat = torch.where((flat == ignore_index) | (flat < 0), -1, flat)
-    e = e.detach().reshape(-1, d)
-    dE = None if dE is None else dE.detach().reshape(-1, d)
-    problem = Problem(e, c.detach(), flat, bias, None, softcap, temperature)
-    _check(problem, dE, dC, loss, lse, confidence)
-    valid = (flat >= 0).nonzero()[:, 0]  # (M,)
-    m = len(valid)
-    if isinstance(upstream, Tensor) and upstream.numel() > 1:
-        g = upstream.detach().reshape(-1)[valid].double()
-    else:
-        g = torch.full((m,), 1 / m if upstream is None else float(upstream), dtype=torch.float64, device=e.device)
-
-    counts = torch.bincount(flat[valid], minlength=problem.v).cpu()  # (V,) occurrences as a target
-    of_token = counts[flat[valid].cpu()]  # (M,)
-    tokens, bad_rows = _draw(None if dE is None else dE[valid], 1 / of_token.double(), rows, seed)
-    chosen = tokens.index.to(e.device)
-    exact_rest, exact_de = token_rows(problem, valid[chosen], g[chosen], dE is not None)
-
-    delta, rest = 0.0, None
-    if dC is not None or loss is not None:
-        if lse == "fp64":
-            rest = token_rows(problem, valid, g, gradients=False)[0]
-        else:
-            rest = fast_rest(problem, valid)
-            delta = float(errors(rest[chosen], exact_rest).max())
-            rest[chosen] = exact_rest
-    of_dE = of_dC = found = None
-    if dE is not None:
-        of_dE = _measured(tokens, dE[valid[chosen]], exact_de, None, of_token[tokens.index], confidence, bad_rows)
-        of_dE = replace(of_dE, worst=(int(valid[of_dE.worst[0]]), of_dE.worst[1]))
-    if dC is not None and rest is not None:
-        vocabulary, bad = _draw(dC.detach(), counts.double(), columns, seed)
-        picked = vocabulary.index.to(e.device)
-        exact_dc, size = vocabulary_rows(problem, picked, valid, rest, g)
-        radius = size * math.expm1(min(delta, 700.0))
-        of_dC = _measured(vocabulary, dC.detach()[picked], exact_dc, radius, counts[vocabulary.index], confidence, bad)
-    if loss is not None and rest is not None:
-        found = _loss(problem, valid, rest, g, float(torch.as_tensor(loss).detach()), delta)
-    ignored = torch.ones(problem.n, dtype=torch.bool, device=e.device).index_fill_(0, valid, False)
-    return Sampled(
-        problem.n,
-        problem.v,
-        problem.d,
-        str(problem.operand_dtype).removeprefix("torch."),
-        confidence,
-        of_dE,
-        of_dC,
-        found,
-        0 if dE is None else int((dE[ignored] != 0).any(1).sum()),
-        lse,
-        delta,
-        0.0 if lse == "fp64" else tokens.unseen(confidence),
-        time.perf_counter() - started,
-    )
+    problem = Problem(e.detach().reshape(-1, d), c.detach(), flat, bias, None, softcap, temperature)
+    dE = dE if dE is None or dE.shape != e.shape else dE.reshape(-1, d)
+    if dE is None and dC is None and loss is None:
+        raise ValueError("nothing to measure: give at least one of dE, dC and loss")
+    exact = ExactRows(
+        problem, (dE, dC), sides=(dE is not None, dC is not None, loss is not None), upstream=upstream, rows=rows,
+        columns=columns, seed=seed, confidence=confidence, lse=lse,
+    )  # fmt: skip
+    return replace(exact.compare(dE, dC, loss), seconds=time.perf_counter() - started)
 
 
 def measure_impl(
@@ -311,16 +378,6 @@ def measure_impl(
     assert isinstance(loss, Tensor)
     loss.backward()
     return measure(e, c, problem.targets, dE=e.grad, dC=c.grad, loss=loss.detach(), **shared, **options)
-
-
-def _loss(problem: Problem, tokens: Tensor, rest: Tensor, g: Tensor, out: float, delta: float) -> LossError:
-    """The loss sum_i g_i nll_i: nll = log(1 + exp(rest - z_t)), whose slope in `rest` is 1 - P_t."""
-    gap = rest - target_logits(problem, tokens)
-    nll = torch.logaddexp(gap, torch.zeros_like(gap))
-    exact = float((g * nll).sum())
-    radius = delta * float((g.abs() * torch.sigmoid(gap)).sum())
-    off = float(errors(torch.tensor(out, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64)))
-    return LossError(out, exact, off / abs(exact) if exact else off, radius)
 
 
 def table(results: Mapping[str, Sampled], title: str = "") -> Any:

@@ -218,7 +218,7 @@ def populations() -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
             ("dC", dc, exact.dC, counts.double()),
         ):
             wrong = (out.double() - right).square().sum(1)
-            found[f"{case} {impl} {name}"] = (wrong, right.square().sum(1), sampled._sizes(out)[0], through)
+            found[f"{case} {impl} {name}"] = (wrong, right.square().sum(1), sampled._sizes(out), through)
     return found
 
 
