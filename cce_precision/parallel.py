@@ -176,10 +176,9 @@ class Shares(NamedTuple):
             largest = (self.best == self.best.amax(0)) | self.best.isnan()  # NaN counts as largest
             argmax = torch.where(largest, self.argmax + self.start[:, None], torch.inf).amin(0)
             argmax = keep(argmax).to(torch.int64)
-        rounded = [
-            empty.to(dtype) if x is None else keep(x).to(dtype) for x in (self._nll(targets), lse, entropy, smooth)
-        ]
-        return Heads(*rounded, empty.to(torch.int64) if argmax is None else argmax)
+        rounded = (empty if x is None else keep(x) for x in (self._nll(targets), lse, entropy, smooth))
+        nll, lse, entropy, smooth = (x.to(dtype) for x in rounded)
+        return Heads(nll, lse, entropy, smooth, empty.to(torch.int64) if argmax is None else argmax)
 
     def _nll(self, targets: Tensor) -> Tensor:
         """(N,) log1p of the odds against the target: those within its owner's share, plus those of the other shares."""
@@ -300,8 +299,8 @@ class _TiledShares(torch.autograd.Function):
         if options.columns:
             d_e, d_c, d_bias = backward_of(problem, plan, (nll, lse, entropy), upstream, need, seed, record)
         else:
-            d_e, d_c, d_bias = (None if x is None else torch.zeros_like(x) for x in (e, c, bias))
-            d_e = d_e.to(problem.compute_dtype)
+            d_e = torch.zeros(e.shape, dtype=problem.compute_dtype, device=e.device)
+            d_c, d_bias = torch.zeros_like(c), c if bias is None else torch.zeros_like(bias)
         if need[0]:
             d_e = (_sum(d_e, options.group) if options.reduce_e_grad else d_e).to(e.dtype)
         return (*(g if wanted else None for g, wanted in zip((d_e, d_c, d_bias), need)), *(None,) * 5)
@@ -333,8 +332,8 @@ def _plain_shares(problem: Problem, plan: Plan, options: VocabParallelOptions) -
     )  # fmt: skip
     heads = plain_heads(local, plan, want_lse=True) if options.columns else None
     own = _own_share(local, plan, heads, options).pack()
-    if heads is None:  # so that this process, too, takes part in the sum of e's gradients
-        own = own + e[:0].sum()
+    if heads is None:  # so that e, c and bias have gradients, all 0, and the sum of e's is taken here too
+        own = own + sum(x[:0].sum() for x in (e, problem.c, problem.bias) if x is not None)
     packed = _gather(own, options.group)
     rank = torch.full((1,), distributed.get_rank(_group(options.group)), device=own.device)
     whole = Shares.unpack(packed.index_copy(0, rank, own[None]), problem.n, plan)

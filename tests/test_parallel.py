@@ -1,35 +1,50 @@
-"""The options of a classifier spread over processes. No variant runs with them yet, and the interface says so."""
+"""Processes that share a vocabulary, under gloo: every variant against the truth, within bounds for every share."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.multiprocessing as multiprocessing
-from torch import distributed
 
-from cce_precision import VocabParallelOptions
-
-
-def _share(rank: int, world: int, folder: str, vocab_size: int) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    options = VocabParallelOptions.from_vocab(vocab_size)
-    Path(folder, str(rank)).write_text(f"{options.start} {options.stop}")
-    distributed.destroy_process_group()
+from cce_precision.analysis.bounds import INTERPRETER
+from tests.parallel_cases import CASES, WORLD, judge_kernels, problems, run, run_kernels, verdict_of
+from tests.strategies import EAGER, TILED
 
 
-def test_processes_share_every_row_once(tmp_path: Path) -> None:
-    multiprocessing.spawn(_share, args=(2, str(tmp_path), 7), nprocs=2)
-    runs = [tuple(map(int, (tmp_path / str(rank)).read_text().split())) for rank in range(2)]
-    assert runs == [(0, 3), (3, 7)]
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each case returned in each process."""
+    folder = tmp_path_factory.mktemp("parallel")
+    multiprocessing.spawn(run, args=(str(folder), list(CASES)), nprocs=WORLD)
+    stored = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {name: [results[name] for results in stored] for name in CASES}
 
 
-def test_from_vocab_needs_a_process_group() -> None:
-    with pytest.raises(RuntimeError, match="init_process_group"):
-        VocabParallelOptions.from_vocab(100)
+@pytest.mark.parametrize("world", [2, WORLD])
+@pytest.mark.parametrize("impl", EAGER)
+def test_every_variant(impl: str, world: int, ran: dict[str, list[Any]]) -> None:
+    """Loss, heads and gradients within the bounds, the same bits on every process, own rows of dC and dbias alone."""
+    telling = set()
+    for i, k in enumerate(problems(impl)):
+        parts = [results[impl, i, world] for results in ran["every_variant"] if (impl, i, world) in results]
+        assert len(parts) == world
+        verdict = verdict_of(parts, k)
+        assert verdict.holds, str(verdict)
+        telling |= {name for name, q in verdict.quantities.items() if q.tells and q.truth > 0}
+    assert {"value", "dE", "dC", "dbias"} <= telling  # a zero would have been rejected
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 3), (4, 2)])
-def test_empty_or_negative_runs_are_refused(start: int, stop: int) -> None:
-    with pytest.raises(ValueError, match="start and stop"):
-        VocabParallelOptions(start, stop)
+@pytest.mark.interpreter
+def test_kernels_of_every_variant(tmp_path: Path) -> None:
+    """The kernels, interpreted, with targets that the other of two processes holds."""
+    multiprocessing.spawn(run_kernels, args=(str(tmp_path), "cpu"), nprocs=2)
+    stored = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    judged = 0
+    for impl in TILED:
+        count, telling = judge_kernels(stored, impl, "cpu", INTERPRETER)
+        assert not count or {"value", "dE", "dC"} <= telling
+        judged += count
+    assert judged

@@ -1,0 +1,193 @@
+"""What the processes of tests/test_parallel.py run: problems of every variant, and cases of one feature each.
+
+A case is a function of the process and its groups; what it returns is stored and judged by the test of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from cce_precision import VocabParallelOptions
+from cce_precision.analysis.bounds import CPU, Machine
+from cce_precision.analysis.bounds_parallel import parallel_bound
+from cce_precision.analysis.fuzz import Verdict, judge_outputs, outputs
+from cce_precision.analysis.fuzz_problems import Call, Knobs, build, random_knobs
+from cce_precision.analysis.references import truth
+from cce_precision.autograd import choose_backend
+from tests.strategies import EAGER, TILED
+
+WORLD = 4
+INTERPRETED = ("cce_exact", "cce")  # between them every kernel that looks at targets
+DRAWN = 3  # random problems a variant, beside the fixed ones
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process: its rank, and the group of two that it belongs to."""
+
+    rank: int
+    pair: distributed.ProcessGroup
+
+    @property
+    def rank_of_pair(self) -> int:
+        return self.rank % 2
+
+
+CASES: dict[str, Callable[[Place], Any]] = {}
+
+
+def case(function: Callable[[Place], Any]) -> Callable[[Place], Any]:
+    CASES[function.__name__] = function
+    return function
+
+
+# -- problems of every variant -----------------------------------------------------------------------------------------
+
+
+def fixed(impl: str) -> tuple[Knobs, ...]:
+    """Problems of one variant that between them have every feature."""
+    return (
+        Knobs(
+            seed=1, n=40, v=300, d=24, impl=impl, scale=3.0, margin=4.0, bias="fp32", ignored="some", nan_ignored=True
+        ),
+        Knobs(
+            seed=2, n=24, v=140, d=17, impl=impl, e_dtype="fp32", softcap=5.0, temperature=0.7, reduction="none",
+            use_lse=True, upstream="random", label_smoothing=0.1,
+        ),
+        Knobs(
+            seed=3, n=30, v=257, d=12, impl=impl, e_dtype="fp16", batch=2, shift=1, class_weight=True,
+            label_smoothing=0.1, reduction="sum", use_entropy=True, scale=8.0,
+        ),
+        Knobs(seed=4, n=24, v=60, d=9, impl=impl, pattern="masked", bias="fp32", use_entropy=True, z_loss=True),
+        Knobs(seed=5, n=12, v=2, d=5, impl=impl, margin=25.0, e_dtype="fp32", reduction="sum"),  # V < processes
+        Knobs(seed=6, n=12, v=40, d=5, impl=impl, ignored="all", nan_ignored=True),
+        Knobs(seed=7, n=12, v=30, d=8, impl=impl, e_dtype="fp64", bias="same", margin=12.0),
+    )  # fmt: skip
+
+
+def problems(impl: str) -> list[Knobs]:
+    rng = random.Random(impl)
+    return [*fixed(impl), *(random_knobs(rng, (impl,)) for _ in range(DRAWN))]
+
+
+def cuts(k: Knobs, world: int) -> list[tuple[int, int]]:
+    """Uneven shares, some of them empty."""
+    rng = random.Random(k.seed + world)
+    inner = sorted(rng.choice((rng.randint(0, k.v), i * k.v // world)) for i in range(1, world))
+    return list(zip([0, *inner], [*inner, k.v]))
+
+
+def shared(call: Call, options: VocabParallelOptions) -> Call:
+    """The call of the process that holds the rows [start, stop)."""
+    rows = slice(options.start, options.stop)
+    bias = None if call.bias is None else call.bias[rows]
+    return dataclasses.replace(
+        call, c=call.c[rows], bias=bias, options=call.options | {"vocab_parallel_options": options}
+    )
+
+
+@case
+def every_variant(place: Place) -> dict[tuple[str, int, int], dict[str, Tensor]]:
+    """Outputs of every problem, by variant, number and processes."""
+    results = {}
+    for impl in EAGER:
+        for i, k in enumerate(problems(impl)):
+            call = build(k)
+            share = cuts(call.knobs, WORLD)[place.rank]
+            results[impl, i, WORLD] = outputs(shared(call, VocabParallelOptions(*share)))
+            if i % 2 == place.rank // 2:  # the two pairs take turns
+                share = cuts(call.knobs, 2)[place.rank_of_pair]
+                results[impl, i, 2] = outputs(shared(call, VocabParallelOptions(*share, place.pair)))
+    return results
+
+
+def verdict_of(parts: list[dict[str, Tensor]], k: Knobs, machine: Machine = CPU) -> Verdict:
+    """The verdict on the outputs of all processes that shared a problem. Raises where they differ by a bit."""
+    whole = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in ("dC", "dbias"):
+            whole[name] = torch.cat(values)
+        else:
+            assert all(torch.equal(x.nan_to_num(), values[0].nan_to_num()) for x in values), (k, name)
+            whole[name] = values[0]
+    call = build(k)
+    shares = cuts(call.knobs, len(parts))
+    allowed = parallel_bound(call.problem, call.plan, shares, call.objective, seed=call.knobs.seed, machine=machine)
+    return judge_outputs(call, whole, truth(call.problem, call.objective), allowed)
+
+
+# -- the processes -----------------------------------------------------------------------------------------------------
+
+
+def _start(backend: str, rank: int, world: int, folder: str) -> None:
+    distributed.init_process_group(
+        backend,
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=120),
+        device_id=torch.device("cuda", rank) if backend == "nccl" else None,
+    )
+
+
+def run(rank: int, folder: str, names: list[str]) -> None:
+    """One of WORLD processes: runs the cases and stores what they return."""
+    torch.set_num_threads(1)
+    _start("gloo", rank, WORLD, folder)
+    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    place = Place(rank, pairs[rank // 2])
+    results = {}
+    for name in names:
+        torch.manual_seed(rank)
+        results[name] = CASES[name](place)
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    distributed.destroy_process_group()
+
+
+def kernel_problems(impl: str, device: str) -> list[Knobs]:
+    """Problems that the kernels take; on a GPU one is large enough for all of their tiles."""
+    common: dict[str, Any] = {"impl": impl, "scale": 3.0, "margin": 4.0, "ignored": "some", "nan_ignored": True}
+    if device == "cpu":
+        return [Knobs(seed=8, n=20, v=150, d=17, **common)] if impl in INTERPRETED else []
+    return [Knobs(seed=8, n=300, v=2000, d=128, **common), *fixed(impl)[:3]]
+
+
+def run_kernels(rank: int, folder: str, device: str) -> None:
+    """One of two processes: each with a GPU, or with the interpreter where device is "cpu"."""
+    torch.set_num_threads(1)
+    place = "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(rank)
+        place = f"cuda:{rank}"
+    _start("gloo" if device == "cpu" else "nccl", rank, 2, folder)
+    results = {}
+    for impl in TILED:
+        for i, k in enumerate(kernel_problems(impl, device)):
+            call = build(k, device=place)
+            if choose_backend(call.placed(), call.plan) == "triton":
+                results[impl, i] = outputs(shared(call, VocabParallelOptions(*cuts(call.knobs, 2)[rank])))
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    distributed.destroy_process_group()
+
+
+def judge_kernels(stored: list[dict[Any, Any]], impl: str, device: str, machine: Machine) -> tuple[int, set[str]]:
+    """How many problems of a variant the kernels computed, and which quantities would have told a zero."""
+    telling, judged = set(), 0
+    for i, k in enumerate(kernel_problems(impl, device)):
+        if (impl, i) not in stored[0]:
+            continue
+        verdict = verdict_of([results[impl, i] for results in stored], k, machine)
+        assert verdict.holds, str(verdict)
+        telling |= {name for name, q in verdict.quantities.items() if q.tells and q.truth > 0}
+        judged += 1
+    return judged, telling
