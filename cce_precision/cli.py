@@ -349,3 +349,53 @@ def measure(
     else:
         first = next(iter(results.values()))
         console().print(sampled.table(results, f"{case.name}: N={first.n}, V={first.v}, D={first.d}, {first.dtype}"))
+
+
+@app.command()
+def audit(
+    target: list[str] = typer.Argument(
+        help="torch, cut-cross-entropy, liger, fla, quack, a variant, or module:function."
+    ),
+    style: str = typer.Option("ours", help="How module:function takes its arguments: ours, functional, fla, ..."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    checks: str = typer.Option("all", help="Checks by name, separated by commas, or all."),
+    workers: int = typer.Option(2, min=1, help="Checks at a time, each in a process of its own."),
+    out: Path = typer.Option(Path("reports/audit"), help="Folder for the cards and their page."),
+    page: bool = typer.Option(False, "--page-only", help="Check nothing: draw the page from the folder's cards."),
+) -> None:
+    """Checks any implementation for the field's traps: a report card, and a program of a few lines for each failure."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cce_precision.analysis import audit as auditing
+    from cce_precision.analysis import audit_page, audit_targets
+    from cce_precision.analysis.audit_checks import CHECKS
+
+    if page:
+        with bad_option("--out"):
+            console().print(str(audit_page.build(out)))
+        return
+    chosen = list(CHECKS) if checks == "all" else names(checks)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    with bad_option("TARGET/--style"):
+        targets = [found for text in target for found in audit_targets.targets(text, style)]
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bad_option("--device/--checks"), Progress(*columns, console=screen) as bar:
+        task = bar.add_task("audit", total=len(targets) * len(chosen))
+        cards = auditing.audit(
+            targets,
+            where,
+            checks=chosen,
+            workers=workers,
+            command=shlex.join(["cce-precision", *sys.argv[1:]]),
+            on_outcome=lambda found, outcome: bar.update(task, advance=1, description=f"{found.name}: {outcome.check}"),
+        )
+    auditing.write(cards, out)
+    for card in cards:
+        screen.print(audit_page.table(card))
+        for outcome in card.outcomes:
+            if outcome.snippet:
+                screen.print(f"{card.target}, {outcome.check}:\n\n{outcome.snippet}", markup=False, highlight=False)
+    screen.print(str(audit_page.build(out)))
+    raise typer.Exit(1 if any(card.count("fail") for card in cards) else 0)

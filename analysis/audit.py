@@ -1,0 +1,306 @@
+"""Audit of any implementation of the linear cross-entropy: checks, a report card, and a snippet for each failure.
+
+    cce-precision audit torch                     cce-precision audit my_package.losses:fused_loss --style functional
+
+Each check runs in a process apart, with a time limit, so that a crash, a hang or a broken GPU costs one check. A check
+passes, fails, meets a known limit of the method, or is not offered by the target. What fails is made small and written
+as a program of a few lines that a maintainer can run; it is run once, and shown only if it fails there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce_precision.analysis.audit_checks import ALLOWANCES, CHECKS, Check, NotOffered, fuzzed, missing
+from cce_precision.analysis.audit_snippets import snippet
+from cce_precision.analysis.audit_targets import Target, Unavailable
+from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
+from cce_precision.analysis.fuzz_campaign import shrink
+from cce_precision.analysis.isolation import Lost, isolated
+
+__all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
+
+STATUSES = ("pass", "fail", "limit", "not offered")
+SECONDS = 180.0  # for one check, its failure made small included
+SHRINKING = 6.0  # of the processor, for making a failure small
+REFUSALS = (NotImplementedError, TypeError, ValueError, AssertionError)  # how a function says that it cannot
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found of a target."""
+
+    check: str
+    status: str
+    summary: str
+    findings: tuple[dict[str, Any], ...] = ()
+    snippet: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """All outcomes of a target on a device."""
+
+    target: str
+    function: str
+    version: str
+    device: str
+    software: str
+    command: str
+    outcomes: tuple[Outcome, ...] = field(default=())
+
+    def count(self, status: str) -> int:
+        return sum(o.status == status for o in self.outcomes)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return re.sub(r"[^\w.-]+", "-", f"{self.target}-{'cpu' if self.device == 'CPU' else 'cuda'}")
+
+
+# One check, in a process of its own.
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _record(f: Finding) -> dict[str, Any]:
+    """A finding as it stands in a card."""
+    numbers = {"error": f.error, "relative": f.relative, "allowed": f.allowed, "ratio": f.ratio}
+    floor = f.floor / f.truth if f.truth else 0.0
+    numbers |= {"relative allowed": f.allowed / f.truth if f.truth else f.allowed, "floor": floor}
+    large = {k: _number(v if v < 1e300 else math.inf) for k, v in numbers.items()}
+    return {"trial": str(f.trial), "quantity": f.quantity, "note": f.note, "holds": f.holds} | large
+
+
+def _excused(f: Finding) -> bool:
+    return f.note.startswith("within the bound of")
+
+
+def _small(subject: Subject, check: Check, worst: Finding) -> Finding:
+    """The failure on the smallest trial found."""
+    ends = time.process_time() + SHRINKING
+    latest = worst
+
+    def fails(trial: Trial) -> bool:
+        nonlocal latest
+        if time.process_time() > ends or missing(subject.target, trial):
+            return False
+        with contextlib.suppress(Exception):
+            for f in check.measure(subject, trial):
+                if f.quantity == worst.quantity and not f.holds and not _excused(f) and _alike(f, worst):
+                    latest = f
+                    return True
+        return False
+
+    shrink(worst.trial, fails, smaller)
+    return latest
+
+
+def _alike(f: Finding, worst: Finding) -> bool:
+    """Whether a smaller failure is as telling: as wrong as a tenth of the first, and clearly above what is allowed."""
+    return (
+        f.note == worst.note
+        and (not math.isfinite(f.ratio) or f.ratio > min(worst.ratio, 1.5))
+        and (f.relative > 0.1 * worst.relative or not math.isfinite(f.relative))
+    )
+
+
+def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> Outcome:
+    """The outcome of a call that raised."""
+    said = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    plain = trial == Trial(dtype=trial.dtype) or check.name == "accuracy"
+    if isinstance(error, REFUSALS) and not plain:
+        return Outcome(check.name, "not offered", f"raises {said}")
+    kind = type(error)
+
+    def fails(candidate: Trial) -> bool:
+        if missing(subject.target, candidate):
+            return False
+        try:
+            list(check.measure(subject, candidate))
+        except Exception as other:
+            return type(other) is kind
+        return False
+
+    small = shrink(trial, fails, smaller, tries=60) if check.minimal else trial
+    text = snippet(subject, small, f"it raises {kind.__name__}", raising=True)
+    return Outcome(check.name, "fail", f"raises {said}", snippet=_reproduced(text, kind.__name__))
+
+
+def examine(task: tuple[Target, str, str]) -> Outcome:
+    """One check (by name) of a target on a device ("cpu" or "cuda"): the work of one process."""
+    target, device, name = task
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    check, subject = CHECKS[name], Subject(target, device)
+    try:
+        trials = check.trials or fuzzed(target)
+        able = [trial for trial in trials if not missing(target, trial)]
+    except Unavailable as error:
+        return Outcome(name, "not offered", str(error))
+    if not able:
+        return Outcome(name, "not offered", f"it has no {missing(target, trials[0])}")
+    found: list[Finding] = []
+    for trial in able:
+        try:
+            found += check.measure(subject, trial)
+        except NotOffered as error:
+            return Outcome(name, "not offered", str(error))
+        except Exception as error:
+            outcome = _raised(subject, check, trial, error)
+            if outcome.status == "fail" or trial == able[-1] and not found:
+                return dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 1))
+    return dataclasses.replace(_verdict(subject, check, found), seconds=round(time.monotonic() - started, 1))
+
+
+def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
+    failing = [f for f in found if not f.holds and not _excused(f)]
+    excused = [f for f in found if not f.holds and _excused(f)]
+    records = tuple(map(_record, found))
+    logits = check.limit and (subject.target.promise is None or subject.target.logits or check.name == "mutants")
+    if not failing and not excused:
+        return Outcome(check.name, "pass", _summary(max(found, key=lambda f: f.ratio)), records)
+    if not failing:
+        worst = max(excused, key=lambda f: f.relative)
+        return Outcome(check.name, "limit", f"{_summary(worst)}; {worst.note}, by design", records)
+    worst = max(failing, key=lambda f: (f.ratio, f.relative))
+    if logits:
+        return Outcome(check.name, "limit", f"{_summary(worst)}; {check.limit}", records)
+    said = f"{len(failing)} of {len(found)}: {_summary(worst)}"
+    if not check.minimal:
+        return Outcome(check.name, "fail", said, records)
+    small = _small(subject, check, worst)
+    text = snippet(subject, small.trial, said, small)
+    return Outcome(check.name, "fail", said, records, _reproduced(text, "AssertionError"))
+
+
+def _summary(f: Finding) -> str:
+    """A finding in one line."""
+    if not math.isfinite(f.relative) or f.relative > 1e300:
+        size = f.note or "not finite"
+    elif f.quantity == "MiB":
+        size = f"{f.error:.3g} MiB, the logits {f.allowed:.3g}"
+    elif f.error == 0:
+        size = "exact" + (f", {f.note}" if f.note else "")
+    else:
+        allowed = f.allowed / f.truth if f.truth else f.allowed
+        size = f"off by {f.relative:.2g}, allowed {allowed:.2g}" + (f" ({f.note})" if f.note and f.holds else "")
+    return f"{f.quantity} {size} ({f.trial})"
+
+
+def _reproduced(text: str, error: str) -> str:
+    """A snippet that fails with an error when it is run; empty if this one does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "snippet.py"
+        path.write_text(text)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+        try:
+            done = subprocess.run(
+                [sys.executable, str(path)], capture_output=True, text=True, timeout=120, env=environment, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return ""
+    return text if done.returncode and error in done.stderr else ""
+
+
+# A card.
+
+
+def audit(
+    targets: Sequence[Target],
+    device: str = "cpu",
+    *,
+    checks: Iterable[str] = tuple(CHECKS),
+    workers: int = 1,
+    command: str = "",
+    on_outcome: Callable[[Target, Outcome], None] = lambda target, outcome: None,
+) -> list[Card]:
+    """The cards of targets on a device; `on_outcome` is told each outcome as it comes.
+
+    Raises ValueError for an unknown check, or a GPU that is not there.
+    """
+    checks = list(checks)
+    if unknown := [name for name in checks if name not in CHECKS]:
+        raise ValueError(f"{unknown[0]!r} is no known check; known: {', '.join(CHECKS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: PyTorch sees no CUDA device here")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    tasks = [(target, device, name) for target in targets for name in checks]
+    found: dict[str, dict[str, Outcome]] = {target.name: {} for target in targets}
+    settings = {"OMP_NUM_THREADS": "1"}
+    for (target, _, name), result in isolated(examine, tasks, workers=workers, seconds=SECONDS, environment=settings):
+        outcome = Outcome(name, "fail", result.reason) if isinstance(result, Lost) else result
+        found[target.name][name] = outcome
+        on_outcome(target, outcome)
+    return [_card(target, device, command, [found[target.name][name] for name in checks]) for target in targets]
+
+
+def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]) -> Card:
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    software = [f"PyTorch {torch.__version__}", f"Python {platform.python_version()}"]
+    with contextlib.suppress(ImportError):
+        import triton
+
+        software.append(f"Triton {triton.__version__}")
+    try:
+        version = target.version
+    except Exception:  # its package may fail in any way
+        version = "not installed"
+    return Card(
+        target.name,
+        target.text({}),
+        f"{target.package} {version}",
+        where,
+        ", ".join(software),
+        command,
+        tuple(outcomes),
+    )
+
+
+def write(cards: Iterable[Card], out: Path) -> None:
+    """Cards as files, out/cards/TARGET-DEVICE.json; those of other targets stay."""
+    folder = out / "cards"
+    folder.mkdir(parents=True, exist_ok=True)
+    for card in cards:
+        text = json.dumps(dataclasses.asdict(card), indent=1, allow_nan=False)
+        (folder / f"{card.name}.json").write_text(text + "\n")
+
+
+def read(out: Path) -> list[Card]:
+    """The cards in a folder. Raises ValueError where there is none."""
+    files = sorted((out / "cards").glob("*.json"))
+    if not files:
+        raise ValueError(f"{out} holds no card")
+    cards = []
+    for file in files:
+        data = json.loads(file.read_text())
+        outcomes = tuple(Outcome(**o | {"findings": tuple(o["findings"])}) for o in data.pop("outcomes"))
+        cards.append(Card(**data, outcomes=outcomes))
+    return cards
+
+
+@functools.cache
+def allowance(check: str) -> str:
+    """What a check's findings are measured by, in words."""
+    return ALLOWANCES[CHECKS[check].allowance]

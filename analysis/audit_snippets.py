@@ -1,0 +1,63 @@
+"""A failure as a program of a few lines, in plain PyTorch: inputs, call, exact result, assertion."""
+
+from __future__ import annotations
+
+from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, Finding, Subject, Trial
+
+__all__ = ["snippet"]
+
+
+def snippet(subject: Subject, trial: Trial, said: str, found: Finding | None = None, raising: bool = False) -> str:
+    """A program that fails as the audit says: with AssertionError, or where `raising`, as the call raises."""
+    target = subject.target
+    head = [f"# {target.name} ({target.package} {target.version}): {said}".replace("\n", " ")]
+    head += ["import torch", target.setup, ""]
+    body = [trial.inputs(subject.device), "", f"loss = {target.text(trial.options())}", trial.backward_text]
+    if raising or found is None:
+        return "\n".join(head + body) + "\n"
+    if found.assertion:
+        check = [found.assertion]
+    elif found.quantity == "value" or found.quantity in GRADIENTS:
+        check = ["", *_exact(trial, found.quantity), *_assertion(found)]
+    else:  # a relation between calls has no snippet
+        return ""
+    return "\n".join(head + body + check) + "\n"
+
+
+def _exact(trial: Trial, quantity: str) -> list[str]:
+    """The loss and the gradients in fp64."""
+    names = ("e", "c", "bias") if trial.bias else ("e", "c")
+    lines = [
+        f"{', '.join(f'{n}64' for n in names)} = (x.detach().double().requires_grad_() for x in ({', '.join(names)}))"
+    ]
+    e, targets = "e64", "targets"
+    if trial.ignored != "none" or trial.poison:
+        lines.append(f"keep = targets != {IGNORED}")
+        e, targets = "e64[keep]", "targets[keep]"
+    if trial.nan:
+        lines.append("e64.data[0] = 0  # dE of the other rows does not depend on it")
+    lines.append(f"z = {e} @ c64.T" + (" + bias64" if trial.bias else ""))
+    if trial.softcap is not None:
+        lines.append(f"z = {trial.softcap:g} * torch.tanh(z / {trial.softcap:g})")
+    reduction = "sum" if trial.ignored == "all" else trial.reduction
+    lines.append(f'exact = torch.nn.functional.cross_entropy(z, {targets}, reduction="{reduction}")')
+    if trial.reduction == "none" and trial.ignored != "none":
+        lines.append("exact = torch.zeros_like(loss, dtype=torch.float64).masked_scatter(keep, exact)")
+    if quantity != "value":
+        plain = trial.upstream == 1.0 and trial.reduction != "none"
+        lines.append("exact.backward()" if plain else f"exact.backward({trial.upstream_text}.double())")
+    return lines
+
+
+def _assertion(found: Finding) -> list[str]:
+    if found.quantity == "value":
+        pair = ("loss.detach().double()", "exact.detach()")
+    else:
+        name = GRADIENTS[found.quantity]
+        pair = (f"{name}.grad.double()", f"{name}64.grad")
+    allowed = f"{found.allowed:.3g}"
+    return [
+        f"error = ({pair[0]} - {pair[1]}).norm()",
+        f'print(f"error {{error:.3g}} of {{{pair[1]}.norm():.3g}}; a careful implementation stays below {allowed}")',
+        f"assert error <= {allowed}",
+    ]
