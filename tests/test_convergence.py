@@ -196,7 +196,13 @@ def test_the_page_is_whole_and_escapes_what_it_quotes(drawn: Path) -> None:
     assert len(set(colours.values())) == len(names)
 
 
-def test_a_page_of_one_seed_and_no_gradients_claims_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without matplotlib's part, which takes seconds a page."""
+    monkeypatch.setattr(convergence_page, "draw", lambda figure, path: path.write_text("<svg/>"))
+
+
+def test_a_page_of_one_seed_and_no_gradients_claims_nothing(tmp_path: Path, sketched: None) -> None:
     (tmp_path / "runs.jsonl").write_text(line("baseline", 0, 4.0, None) + "\n" + line("cce", 0, 5.0, None) + "\n")
     page = convergence_page.build(tmp_path).read_text()
     assert "One seed" in page and "not distinguishable" not in page and "error of dE" not in page
@@ -205,7 +211,7 @@ def test_a_page_of_one_seed_and_no_gradients_claims_nothing(tmp_path: Path) -> N
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_trains_compares_and_draws(tmp_path: Path) -> None:
+def test_the_command_trains_compares_and_draws(tmp_path: Path, sketched: None) -> None:
     from typer.testing import CliRunner
 
     common = ["train", "--device", "cpu", "--megabytes", "0.05", "--vocabulary", "300", "--context", "32"]

@@ -190,7 +190,7 @@ def test_a_run_writes_its_curve_and_a_model_that_loads(whole: Path, tokens: Toke
     assert [row["step"] for row in curve if row["kind"] == "gradient"] == [0, 8]
     assert train[-1]["loss"] < train[0]["loss"]
     assert all(row["tokens"] == row["step"] * SMALL.batch * SMALL.context for row in train)
-    assert all(0 < row["peak_mib"] <= peak_mib(torch.device("cpu")) for row in train)
+    assert all(0 < row["peak_mib"] <= round(peak_mib(torch.device("cpu")), 1) for row in train)
     loaded = build(str(whole / "model"), "", "", tokens.vocabulary, SMALL.context, torch.float32)
     ids = Order(tokens.heldout, SMALL.context, 1, 0).take([0])
     assert loaded(input_ids=ids, labels=ids).loss.item() < np.log(tokens.vocabulary)
