@@ -123,7 +123,7 @@ def test_the_record_of_the_forward_pass_loses_no_tile(case: str) -> None:
         order = dense.visiting_order(problem, plan, problem.e)
         place = dense.positions(problem.targets, order)
         tokens = torch.arange(n)
-        chosen = record.candidates(bits, problem, order, (0, v), tokens, heads.lse, place, variant.tile)
+        (chosen,) = record.candidates(bits, problem, order, v, tokens, heads.lse, place, variant.tile)
         holds_target = torch.zeros_like(chosen)
         holds_target[tokens // 16, place // 32] = 1
         assert bool((chosen >= holds_target).all())

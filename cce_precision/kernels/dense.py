@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import Accumulation, Operand
+from ..numerics import Accumulation, Operand, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, write_dz
 from .record import candidates
@@ -48,12 +48,13 @@ def is_split(problem: Problem, plan: Plan) -> bool:
 
 
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
-    """Columns a run: as many as the workspace holds beside the fp32 sums of dE and the copy of e. A multiple of 256."""
+    """Columns a run: as many as the workspace holds beside the sums of dE and the copy of e. A multiple of 256."""
     need_e, need_c, _ = need
     variant, d = plan.variant, problem.d
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
     size = problem.operand_dtype.itemsize
-    fixed = problem.n * d * (size + (4 if need_e else 0))
+    sums = {Accumulation.FP32: 4, Accumulation.KAHAN: size, Accumulation.INPUT: 0}[embedding_sums(variant)]
+    fixed = problem.n * d * (size + (sums if need_e else 0))
     column = problem.n * size * (2 if is_split(problem, plan) else 1)
     column += d * 4 if need_c and not variant.filter_c else 0
     column += d * size if variant.sort_vocabulary else 0
@@ -94,6 +95,11 @@ def tile_filter_of(problem: Problem, plan: Plan) -> TileFilter | None:
     return TileFilter(eps, variant.tile, skip=len(filters) == 2, columns=bool(variant.filter_c))
 
 
+def embedding_sums(variant: Variant) -> Accumulation:
+    """How dE is summed over the runs: as the record names it where tiles are filtered, else more exactly."""
+    return variant.accum_e if variant.filter_e else Accumulation.FP32
+
+
 @dataclass
 class EmbeddingSums:
     """dE (N, D) under summation over the runs: fp32 and unscaled, or the gradient itself where a low-precision sum is
@@ -106,7 +112,7 @@ class EmbeddingSums:
 
     @staticmethod
     def start(problem: Problem, plan: Plan, terms: RowTerms, shift: Tensor | None) -> EmbeddingSums:
-        accum = plan.variant.accum_e if plan.variant.filter_e else Accumulation.FP32
+        accum = embedding_sums(plan.variant)
         if accum is Accumulation.FP32:
             return EmbeddingSums(label_rows(problem, terms, shift), None, accum)
         total = torch.zeros((problem.n, problem.d), dtype=problem.e.dtype, device=problem.e.device)
@@ -183,6 +189,10 @@ def walk_runs(
     sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c and not variant.filter_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
 
+    chosen: list[Tensor | None] = [None] * -(-v // width)
+    if record is not None:
+        bits, tokens = record
+        chosen[:] = candidates(bits, problem, order, width, tokens, heads.lse, targets, variant.tile)
     for start in range(0, v, width):
         stop = min(start + width, v)
         index = slice(start, stop) if order is None else order[start:stop]
@@ -190,12 +200,8 @@ def walk_runs(
         run = Run(start, *(None if x is None else x[index] for x in (problem.c, problem.bias, problem.column_weight)))
         operands = [buffer[:, : stop - start] for buffer in dz]
         low = operands[1] if len(operands) > 1 else None
-        chosen = None
-        if record is not None:
-            bits, tokens = record
-            run_of = (start, stop - start)
-            chosen = candidates(bits, problem, rows, run_of, tokens, heads.lse, targets, variant.tile)
-        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, chosen)
+        which = chosen[start // width]
+        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, which)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums
         if d_c is not None and sum_c is not None:
@@ -203,31 +209,31 @@ def walk_runs(
             for i, x in enumerate(operands):
                 accumulate_product(total, x.T, e, i == 0)
             finish_columns(d_c, total, start, e, terms, segments, weighted_e, run.weight, rows)
-        elif d_c is not None and alive is not None:
+        elif d_c is not None and alive is not None and tile_filter is not None:
             tile_product(
                 operands[0],
                 e,
                 alive,
+                tile_filter,
                 d_c,
                 None,
                 terms.scale,
-                variant.tile,
                 variant.accum_c,
                 True,
                 order=rows if rows is not None else torch.arange(start, stop, device=device),
                 factor=run.weight,
                 shift=weighted_e,
             )
-        if sums_e is not None and variant.filter_e and alive is not None:
+        if sums_e is not None and variant.filter_e and alive is not None and tile_filter is not None:
             shift = weighted_c if stop == v and sums_e.accum is not Accumulation.FP32 else None
             tile_product(
                 operands[0],
                 run.c,
                 alive,
+                tile_filter,
                 sums_e.total,
                 sums_e.lost,
                 terms.scale,
-                variant.tile,
                 sums_e.accum,
                 False,
                 factor=terms.sigma,

@@ -35,7 +35,7 @@ def dz_kernel(
     label,  # (N,) fp32 the label's entry of dZ: before the slope where it stands in dz, after it where apart
     dz,  # (N, W) operand dtype: descriptor or pointer
     dz_low,  # (N, W) what rounding dz lost, or unused
-    alive,  # (row blocks, column tiles) int32: whether some |P - onehot| of the tile reaches eps; or unused
+    alive,  # (row blocks, column tiles) int32: the largest |P - onehot| of the tile as fp32 bits; or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     row_stats,  # (2, column tiles, N) fp32 row sums of dZ and row maxima of the logits, or unused
     chosen,  # (units + 1,) int32: how many tiles to compute, and which, see record.units_of; or unused
@@ -110,7 +110,7 @@ def dz_kernel(
             largest = tl.max(known.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
             largest = tl.maximum(largest, tl.max(complement.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
             survives = largest >= eps_bits
-            tl.store(alive + block * tiles + tile, survives.to(tl.int32))
+            tl.store(alive + block * tiles + tile, largest)
         if ENTROPY:
             kappa = tl.load(rows_terms + wide(n) * 2 + rows, mask=inside, other=0.0)
             entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
@@ -176,7 +176,7 @@ class Outputs:
     """What a launch writes beside dZ, and which tiles it computes (None: all)."""
 
     sums: Tensor | None = None  # (row blocks, W)
-    alive: Tensor | None = None  # (row blocks, column tiles) int32
+    alive: Tensor | None = None  # (row blocks, column tiles) int32 zeros
     row_stats: Tensor | None = None  # (2, column tiles, N)
     chosen: Tensor | None = None  # (row blocks, column tiles), not 0: computed
 
@@ -189,6 +189,11 @@ class TileFilter:
     tile: tuple[int, int]
     skip: bool  # both sides are filtered, so a dead tile need not be written
     columns: bool  # dC is filtered, and with it dbias
+
+    @property
+    def bits(self) -> int:
+        """eps as fp32 bits: as integers non-negative floats keep their order."""
+        return int(struct.unpack("i", struct.pack("f", self.eps))[0])
 
     def config(self, x: Tensor) -> Config:
         m, n = self.tile
@@ -212,8 +217,8 @@ def write_dz(
     chosen: Tensor | None = None,  # (row blocks, column tiles) of the filter: 0 where a tile is known to be dead
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row
-    blocks,
-    column tiles) int32 matrix of surviving tiles."""
+    blocks, column tiles) int32 matrix of the largest |P - onehot| of each tile as fp32 bits, 0 where none was computed.
+    """
     rows, width = e.shape[0], run.c.shape[0]
     if tile_filter is None:
         config = tuned(
@@ -222,9 +227,8 @@ def write_dz(
     else:
         config = tile_filter.config(run.c)
     grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
-    new = torch.empty if chosen is None else torch.zeros  # what is not computed counts as dead
-    sums = new((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
-    alive = new(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
+    sums = torch.zeros((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
+    alive = torch.zeros(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
     _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive, None, chosen), tile_filter, config)
     return None if sums is None else sums.sum(0), alive
 
@@ -260,18 +264,14 @@ def _launch(
         row_stats is not None,
         outputs.chosen is not None,
     )
-    bits = 0 if tile_filter is None else struct.unpack("i", struct.pack("f", tile_filter.eps))[0]
+    bits = 0 if tile_filter is None else tile_filter.bits
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
     # hopper_dz.py knows bias, label, split, filter and statistics; under a softcap only a label apart.
     fast = not any(flags[2:5]) and not flags[7] and not (flags[1] and (flags[5] or flags[8] or flags[11]))
     if tma and fast and hopper_fits(e, made_for):
         from .hopper_dz import launch_dz
 
-        if alive is not None:
-            alive.zero_()
         launch_dz(problem, e, run, dz, dz_low, terms, outputs, config.group)
-        if alive is not None:
-            torch.ge(alive, bits, out=alive)
         return
     units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
     chosen = None if outputs.chosen is None else units_of(outputs.chosen, config.group)

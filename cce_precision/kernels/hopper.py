@@ -175,7 +175,8 @@ def softmax_half(
             own = columns[None, :] == local[:, None]
             gl.store(target_logit + rows, gl.sum(gl.where(own, z, 0.0), 1), mask=hit)
             z = gl.where(own, float("-inf"), z)
-        top = gl.maximum(m, gl.max(z, 1))
+        highest = gl.max(z, 1)
+        top = gl.maximum(m, highest)
         reference = gl.where(top == float("-inf"), 0.0, top * scale)
         below = z * scale - reference[:, None]
         p = gl.exp2(below)
@@ -184,13 +185,14 @@ def softmax_half(
         m = top
         if FLAGS[2]:
             known = m * scale + gl.log2(s)
-            gl.atomic_max(bounds + rows, known, mask=inside)
-            keep_from = gl.maximum(lowest, known) + threshold - reference
-            found = gl.where(below < keep_from[:, None], 0, 1 << (columns // 8)[None, :])
-            words = gl.reduce(gl.reduce(gl.reshape(found, [HALF, COLUMNS // 8, 8]), 1, either), 0, either)
-            place = gl.arange(0, 8, words.type.layout)
-            at = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
-            gl.atomic_or(at, words, mask=words != 0)
+            gl.atomic_max(bounds + rows, known, mask=inside & (known > lowest + 0.25))
+            keep_from = gl.maximum(lowest, known) + threshold
+            if gl.max((highest * scale >= keep_from).to(gl.int32), 0) > 0:
+                found = gl.where(below < (keep_from - reference)[:, None], 0, 1 << (columns // 8)[None, :])
+                words = gl.reduce(gl.reduce(gl.reshape(found, [HALF, COLUMNS // 8, 8]), 1, either), 0, either)
+                place = gl.arange(0, 8, words.type.layout)
+                at = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
+                gl.atomic_or(at, words, mask=words != 0)
     out = partial + split.to(gl.int64) * n + rows
     gl.store(out, m, mask=inside)
     gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)

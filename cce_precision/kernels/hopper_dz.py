@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -279,9 +278,7 @@ def launch_dz(
     blocks, tiles = (n + 127) // 128, (width + 255) // 256
     units = blocks * tiles
     if chosen is not None:
-        if alive is not None:  # tiles of 128 columns, two to one of these
-            chosen = torch.nn.functional.pad(chosen, (0, 2 * tiles - chosen.shape[1])).view(blocks, tiles, 2).amax(2)
-        chosen = units_of(chosen, group)
+        chosen = units_of(chosen, group, 1 if alive is None else 2)  # a filter's tiles have 128 columns
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
     flags = (*optional, run.bias is not None, problem.softcap is not None, dz_low is not None)
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..problem import Plan, Problem
 from .launch import config_for
-from .primitives import LOG2E, cap, wide
+from .primitives import LOG2E, cap, grouped, wide
 from .terms import matvec, weighted_sum
 
 __all__ = ["candidates", "first_bounds", "record_shape", "threshold", "units_of"]
@@ -111,22 +111,22 @@ def first_bounds(problem: Problem, scale: float) -> Tensor:
 @triton.jit
 def candidates_kernel(
     record,  # (row blocks, words) int32
-    order,  # (W,) int64 columns of this run, or unused
+    order,  # (V,) int64 columns in visiting order, or unused
     packed,  # (N,) int64 tokens in the order of dZ's rows
     targets,  # (N,) int64 by dZ's rows, -1 where ignored
     lse,  # (N,) fp32 by dZ's rows
-    alive,  # (dZ's row blocks, column tiles) int32, out
-    n,
-    width,
-    start,
+    alive,  # (runs, row blocks x column tiles of a run) int32, out
+    shape,  # (N, V, columns of a run)
     words,
-    tiles,
+    stride,
     HEIGHT: tl.constexpr,  # tokens of a row block of the record
     TM: tl.constexpr,
     TN: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    block, tile = tl.program_id(0), tl.program_id(1)
+    n, v, width = shape
+    block, tile, start = tl.program_id(0), tl.program_id(1), tl.program_id(2) * width
+    stop = tl.minimum(start + width, v)
     rows = block * TM + tl.arange(0, TM)
     inside = rows < n
     counts = tl.load(targets + rows, mask=inside, other=-1) >= 0
@@ -134,9 +134,9 @@ def candidates_kernel(
     source = tl.load(packed + rows, mask=inside, other=0)
     first = tl.min(tl.where(counts, source, 9223372036854775807), 0) // HEIGHT
     last = tl.max(tl.where(counts, source, -1), 0) // HEIGHT
-    columns = tile * TN + tl.arange(0, TN)
-    known = columns < width
-    j = (start + columns).to(tl.int64)
+    columns = start + tile * TN + tl.arange(0, TN)
+    known = columns < stop
+    j = columns.to(tl.int64)
     if ORDER:
         j = tl.load(order + columns, mask=known, other=0)
     found = tl.zeros((TN,), tl.int32)
@@ -144,61 +144,89 @@ def candidates_kernel(
         word = tl.load(record + wide(words) * from_block + (j // 256) * 8 + j % 8, mask=known, other=0)
         found |= (word >> ((j % 256) // 8).to(tl.int32)) & 1
     broken = tl.max((value != value).to(tl.int32), 0)  # NaN survives everywhere in its row
-    tl.store(alive + block * tiles + tile, tl.maximum(tl.max(found, 0), broken))
+    tiles = tl.cdiv(stop - start, TN)
+    out = alive + wide(stride) * tl.program_id(2) + block * tiles + tile
+    tl.store(out, tl.maximum(tl.max(found, 0), broken), mask=tile < tiles)
 
 
 def candidates(
     record: Tensor,
     problem: Problem,
-    order: Tensor | None,  # (W,) columns of the run in visiting order; None: start, start + 1, ...
-    run: tuple[int, int],  # position of its first column, and how many
+    order: Tensor | None,  # (V,) columns in visiting order; None: 0, 1, ...
+    width: int,  # columns of a run
     packed: Tensor,  # (N,) int64: the token of each row of dZ
     lse: Tensor,  # (N,) by rows of dZ
     targets: Tensor,  # (N,) int64 positions in visiting order, by rows of dZ
     tile: tuple[int, int],
-) -> Tensor:
-    """(row blocks, column tiles) int32: 1 where a tile of this run of dZ may survive, or holds a target."""
-    n, (start, width), (tm, tn) = lse.shape[0], run, tile
-    blocks, tiles = triton.cdiv(n, tm), triton.cdiv(width, tn)
-    alive = torch.empty(blocks * tiles + 1, dtype=torch.int32, device=record.device)
-    candidates_kernel[(blocks, tiles)](
+) -> list[Tensor]:
+    """For each run a (row blocks, column tiles) int32 matrix: 1 where a tile of dZ may survive, or holds a target."""
+    n, v, (tm, tn) = lse.shape[0], problem.v, tile
+    runs, blocks, most = triton.cdiv(v, width), triton.cdiv(n, tm), triton.cdiv(width, tn)
+    stride = blocks * most + 1  # the last entry of a run is spare
+    alive = torch.empty((runs, stride), dtype=torch.int32, device=record.device)
+    candidates_kernel[(blocks, most, runs)](
         record,
         packed if order is None else order,
         packed,
         targets,
         lse,
         alive,
-        n,
-        width,
-        start,
+        (n, v, width),
         record.shape[1],
-        tiles,
+        stride,
         HEIGHT=config_for("forward", problem.c).m,
         TM=tm,
         TN=tn,
         ORDER=order is not None,
     )
-    rows = torch.arange(n, device=record.device) // tm
-    here = (targets >= start) & (targets < start + width)
-    place = torch.where(here, rows * tiles + (targets - start) // tn, blocks * tiles)  # the rest into a spare entry
-    return alive.scatter_(0, place, 1)[:-1].view(blocks, tiles)
+    run = targets.clamp(0, v - 1) // width
+    tiles = ((v - run * width).clamp(max=width) + tn - 1) // tn
+    place = torch.arange(n, device=record.device) // tm * tiles + (targets - run * width) // tn
+    here = (targets >= 0) & (targets < v)
+    alive.view(-1).scatter_(0, run * stride + torch.where(here, place, stride - 1), 1)
+    widths = [min(width, v - start) for start in range(0, v, width)]
+    return [row[: blocks * triton.cdiv(w, tn)].view(blocks, -1) for row, w in zip(alive, widths)]
 
 
-def units_of(alive: Tensor, group: int) -> Tensor:
-    """(units + 1,) int32 from alive (row blocks, column tiles): how many tiles are to be computed, and then which, as
-    row block x tiles + tile. In the order of the walk in which `group` row blocks share a column tile; no host sync.
+@triton.jit
+def units_kernel(
+    alive,  # (row blocks, column tiles) int32, by strides
+    units,  # (1 + blocks x tiles,) int32, out
+    blocks,
+    tiles,
+    columns,
+    stride_block,
+    stride_tile,
+    GROUP: tl.constexpr,
+    PAIR: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    count = tl.zeros((), tl.int32)
+    for first in range(0, blocks * tiles, CHUNK):
+        unit = first + tl.arange(0, CHUNK)
+        block, tile = grouped(unit, blocks, tiles, GROUP)
+        flag = tl.zeros((CHUNK,), tl.int32)
+        for i in tl.static_range(PAIR):
+            column = tile * PAIR + i
+            inside = (unit < blocks * tiles) & (column < columns)
+            value = tl.load(alive + block * stride_block + column * stride_tile, mask=inside, other=0)
+            flag |= (value != 0).to(tl.int32)
+        rank = count + tl.cumsum(flag, 0) - flag
+        tl.store(units + 1 + rank, block * tiles + tile, mask=flag != 0)
+        count += tl.sum(flag, 0)
+    tl.store(units, count)
+
+
+def units_of(alive: Tensor, group: int, pair: int = 1) -> Tensor:
+    """How many units of dZ to compute, and then which, as row block x units of a row + unit: (1 + units,) int32.
+
+    alive: (row blocks, column tiles) int32, not 0: needed. A unit is `pair` column tiles; they come in the order of the
+    walk in which `group` row blocks share a column tile.
     """
-    blocks, tiles = alive.shape
-    groups = -(-blocks // group)
-    code = torch.arange(blocks * tiles, dtype=torch.int32, device=alive.device).view(blocks, tiles)
-
-    def walk(x: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, 0, 0, groups * group - blocks))
-        return padded.view(groups, group, tiles).transpose(1, 2).reshape(-1)
-
-    flags, codes = walk((alive != 0).to(torch.int32)), walk(code)
-    rank = flags.cumsum(0)
-    units = torch.empty(flags.numel() + 2, dtype=torch.int32, device=alive.device)  # the last: a spare entry
-    units.scatter_(0, torch.where(flags != 0, rank, flags.numel() + 1), codes)
-    units[0] = rank[-1]
-    return units[:-1]
+    blocks, columns = alive.shape
+    tiles = -(-columns // pair)
+    units = torch.empty(1 + blocks * tiles, dtype=torch.int32, device=alive.device)
+    units_kernel[(1,)](
+        alive, units, blocks, tiles, columns, *alive.stride(), GROUP=group, PAIR=pair, CHUNK=1024, num_warps=8
+    )  # fmt: skip
+    return units

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics import Accumulation
+from .dz import TileFilter
 from .heads import operand
 from .launch import descriptor_fits, hopper_fits, precision_of
 from .primitives import kahan_add, load_tile, multiply_add, round_to
@@ -26,30 +27,33 @@ _MODES = {Accumulation.FP32: 0, Accumulation.INPUT: 1, Accumulation.KAHAN: 2}
 
 @triton.jit
 def survivors_kernel(
-    alive,  # (owners, walked) int32 0 or 1, by strides
+    alive,  # (owners, walked) int32, by strides: survives where >= least
     places,  # (owners, walked) int32
     counts,  # (owners,) int32
     walked,
+    least,
     stride_owner,
     stride_walked,
     WALKED: tl.constexpr,
 ):
     owner = tl.program_id(0)
     place = tl.arange(0, WALKED)
-    flag = tl.load(alive + owner * stride_owner + place * stride_walked, mask=place < walked, other=0)
+    value = tl.load(alive + owner * stride_owner + place * stride_walked, mask=place < walked, other=-1)
+    flag = (value >= least).to(tl.int32)
     rank = tl.cumsum(flag, 0) - flag
     tl.store(places + owner * walked + rank, place, mask=(place < walked) & (flag != 0))
     tl.store(counts + owner, tl.sum(flag, 0))
 
 
-def survivors(alive: Tensor) -> tuple[Tensor, Tensor]:
-    """(places, counts): for each row of alive (owners, walked), the places of its ones in rising order, and how
+def survivors(alive: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """(places, counts): for each row of alive (owners, walked), the places of entries >= least in rising order, and how
     many.
     """
     owners, walked = alive.shape
     places = torch.empty((owners, walked), dtype=torch.int32, device=alive.device)
     counts = torch.empty(owners, dtype=torch.int32, device=alive.device)
-    survivors_kernel[(owners,)](alive, places, counts, walked, *alive.stride(), WALKED=triton.next_power_of_2(walked))
+    most = triton.next_power_of_2(walked)
+    survivors_kernel[(owners,)](alive, places, counts, walked, least, *alive.stride(), WALKED=most)
     return places, counts
 
 
@@ -145,11 +149,11 @@ def tile_product_kernel(
 def tile_product(
     dz: Tensor,  # (N, W)
     other: Tensor,  # (W, D) where dE is summed, (N, D) where dC
-    alive: Tensor,  # (row blocks, column tiles) int32
+    alive: Tensor,  # (row blocks, column tiles) int32, the largest |P - onehot| of each tile as fp32 bits
+    tile_filter: TileFilter,
     out: Tensor,  # dE's running sums (N, D): fp32 for FP32 accumulation, else the gradient itself; or dC (V, D)
     lost: Tensor | None,  # (N, D) Kahan's second half for dE
     scale: Tensor,
-    tile: tuple[int, int],
     accum: Accumulation,
     transposed: bool,  # dC = dZ^T E, complete in this call, instead of dE += dZ C
     order: Tensor | None = None,  # (W,) rows of dC
@@ -159,8 +163,8 @@ def tile_product(
     """Adds the surviving tiles' products, and then minus factor x shift, to `out`."""
     n, width = dz.shape
     d = other.shape[1]
-    places, counts = survivors(alive.T if transposed else alive)
-    tm, tn = tile
+    places, counts = survivors(alive.T if transposed else alive, tile_filter.bits)
+    tile = tm, tn = tile_filter.tile
     optional = tuple(places if x is None else x for x in (lost, order, factor, shift))  # any tensor where unused
     flags = (order is not None, shift is not None, factor is not None)
     tma = descriptor_fits(dz) and descriptor_fits(other)
