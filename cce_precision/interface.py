@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import validation
 from .autograd import choose_backend, heads_of, statistics_of
 from .eager import plain_heads
+from .migration import suggests, unknown_keyword
 from .numerics import Path, Variant
 from .parallel import VocabParallelOptions, check_options, check_shares, common_seed, heads_of_shares
 from .problem import Heads, Plan, Problem
@@ -52,6 +53,7 @@ class LinearCrossEntropyOutput(NamedTuple):
     stats: FilterStatistics | None = None
 
 
+@suggests
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
@@ -180,7 +182,7 @@ def linear_cross_entropy(
     v: int | Tensor = c.shape[0]
     if share is not None:
         draw = common_seed(draw, share.group) if variant.random and seed is None else draw
-        heads, shares = heads_of_shares(problem, plan, draw, share)
+        heads, shares = heads_of_shares(problem, plan, draw, share, return_lse)
         v = shares.vocabulary
         if check:
             v = check_shares(shares, class_weight)
@@ -322,9 +324,7 @@ class LinearCrossEntropy(nn.Module):
         known = validation.option_names(linear_cross_entropy)
         for name in options:
             if name not in known:
-                raise TypeError(
-                    f"LinearCrossEntropy got an unknown option {name!r}; allowed: {', '.join(sorted(known))}"
-                )
+                raise unknown_keyword("LinearCrossEntropy", name, known)
         get(options.get("impl", DEFAULT))
         validation.check_reduction(options.get("reduction", "mean"))
         self.options = options

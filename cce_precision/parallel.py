@@ -267,7 +267,7 @@ class _TiledShares(torch.autograd.Function):
     """The heads of the whole by the tiled passes, differentiable once with respect to e, c and bias."""
 
     @staticmethod
-    def forward(ctx, e, c, bias, targets, weight, seed, plan, options):  # type: ignore[no-untyped-def]
+    def forward(ctx, e, c, bias, targets, weight, seed, plan, options, want_lse):  # type: ignore[no-untyped-def]
         dummy = _within(targets, options, 0)  # any column does: nll is of use where the target is
         problem = Problem(e, c, dummy, bias, weight, plan.softcap, plan.temperature, plan.first_column)
         heads, record = forward_of(problem, plan, seed) if options.columns else (None, c.new_zeros(0, 0))
@@ -275,7 +275,7 @@ class _TiledShares(torch.autograd.Function):
         shares = Shares.unpack(packed, problem.n, plan)
         whole = shares.heads(targets, problem.compute_dtype)
         others = shares.weight.sum() - (problem.v if weight is None else weight.double().sum())
-        ctx.plan, ctx.options = plan, options
+        ctx.plan, ctx.options, ctx.want_lse = plan, options, want_lse
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(whole.argmax, packed)
         ctx.save_for_backward(
@@ -286,15 +286,15 @@ class _TiledShares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         e, c, bias, targets, weight, seed, nll, lse, entropy, record, others = ctx.saved_tensors
-        options, need = ctx.options, ctx.needs_input_grad[:3]
-        upstream = Upstream(*(None if g is None else g.contiguous() for g in grads[:4]))
+        plan, options, need = ctx.plan, ctx.options, ctx.needs_input_grad[:3]
+        wanted = (True, ctx.want_lse, plan.want_entropy, plan.want_smooth)  # torch.compile makes zeros of the others
+        upstream = Upstream(*(g.contiguous() if g is not None and w else None for g, w in zip(grads, wanted)))
         if all(g is None for g in upstream):
-            return (None,) * 8
+            return (None,) * 9
         if upstream.smooth is not None:  # the column weights of the other processes
             part = others * upstream.smooth
             upstream = upstream._replace(lse=part if upstream.lse is None else upstream.lse + part)
         here = _within(targets, options, ELSEWHERE)
-        plan = ctx.plan
         problem = Problem(e, c, here, bias, weight, plan.softcap, plan.temperature, plan.first_column)
         if options.columns:
             d_e, d_c, d_bias = backward_of(problem, plan, (nll, lse, entropy), upstream, need, seed, record)
@@ -303,7 +303,7 @@ class _TiledShares(torch.autograd.Function):
             d_c, d_bias = torch.zeros_like(c), c if bias is None else torch.zeros_like(bias)
         if need[0]:
             d_e = (_sum(d_e, options.group) if options.reduce_e_grad else d_e).to(e.dtype)
-        return (*(g if wanted else None for g, wanted in zip((d_e, d_c, d_bias), need)), *(None,) * 5)
+        return (*(g if wanted else None for g, wanted in zip((d_e, d_c, d_bias), need)), *(None,) * 6)
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -340,8 +340,11 @@ def _plain_shares(problem: Problem, plan: Plan, options: VocabParallelOptions) -
     return whole.heads(problem.targets, problem.compute_dtype), packed
 
 
-def heads_of_shares(problem: Problem, plan: Plan, seed: Tensor, options: VocabParallelOptions) -> tuple[Heads, Shares]:
-    """The heads of the whole vocabulary and what they were made of; the heads are differentiable once.
+def heads_of_shares(
+    problem: Problem, plan: Plan, seed: Tensor, options: VocabParallelOptions, want_lse: bool
+) -> tuple[Heads, Shares]:
+    """The heads of the whole vocabulary and what they were made of; the heads are differentiable once, lse only if
+    wanted.
 
     `problem`: this process's rows of c, bias and column weight, and targets in the whole vocabulary. `seed` is the
     group's.
@@ -350,6 +353,6 @@ def heads_of_shares(problem: Problem, plan: Plan, seed: Tensor, options: VocabPa
         heads, packed = _plain_shares(problem, plan, options)
         return heads, Shares.unpack(packed, problem.n, plan)
     *outputs, packed = _TiledShares.apply(
-        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan, options
+        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan, options, want_lse
     )
     return Heads(*outputs), Shares.unpack(packed, problem.n, plan)
