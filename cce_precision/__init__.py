@@ -10,6 +10,7 @@ from .interface import (
     compute_z_loss,
     linear_cross_entropy,
 )
+from .migration import LinearCrossEntropyImpl
 from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
 from .parallel import VocabParallelOptions
 
@@ -20,6 +21,7 @@ __all__ = [
     "FilterStatistics",
     "Granularity",
     "LinearCrossEntropy",
+    "LinearCrossEntropyImpl",
     "LinearCrossEntropyOutput",
     "Operand",
     "Path",

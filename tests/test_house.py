@@ -35,11 +35,13 @@ RANKS = {
     "kernels": 2,
     "autograd": 3,
     "validation": 3,
+    "migration": 3,
     "choosing": 3,
     "parallel": 3.5,
     "interface": 4,
     "": 5,  # the package itself: public names only
     "huggingface": 6,
+    "transformers": 7,  # its other name
     "analysis": 7,
     "cli": 8,
     "__main__": 9,
