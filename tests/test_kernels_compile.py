@@ -281,7 +281,7 @@ DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, spl
 @pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
 )
-@pytest.mark.parametrize("which", ["forward", "forward softcap", "forward record", *DZ_FLAGS, "input", "kahan"])
+@pytest.mark.parametrize("which", ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS, "input", "kahan"])
 def test_warp_specialised_kernels(which: str) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 

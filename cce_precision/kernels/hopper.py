@@ -191,8 +191,8 @@ def softmax_half(
                 found = gl.where(below < (keep_from - reference)[:, None], 0, 1 << (columns // 8)[None, :])
                 words = gl.reduce(gl.reduce(gl.reshape(found, [HALF, COLUMNS // 8, 8]), 1, either), 0, either)
                 place = gl.arange(0, 8, words.type.layout)
-                at = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
-                gl.atomic_or(at, words, mask=words != 0)
+                out = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
+                gl.atomic_or(out, words, mask=words != 0)
     out = partial + split.to(gl.int64) * n + rows
     gl.store(out, m, mask=inside)
     gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
