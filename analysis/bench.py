@@ -67,7 +67,8 @@ JOB_KEY = ("n", "v", "d", "softcap", "dtype", "case", "device")
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run does. `repeat` 0: as many rounds as fit in a minute a job, between 3 and 30."""
+    """All that a run does. `repeat` 0: as many rounds as fit in a minute a job, between 3 and 30. `limit`: most seconds
+    for a method's first call, its compilation in it; 0: any."""
 
     device: torch.device
     jobs: tuple[Job, ...]
@@ -76,6 +77,7 @@ class Plan:
     out: Path = Path("reports/bench")
     fresh: bool = False
     scale: bool = False
+    limit: float = 0
 
 
 # -- what to run -------------------------------------------------------------------------------------------------------
@@ -93,6 +95,7 @@ def plan(
     repeat: int = 0,
     out: Path = Path("reports/bench"),
     fresh: bool = False,
+    limit: float = 0,
 ) -> Plan:
     """The plan of these names; "auto" stands for what suits the device. Raises ValueError for a name that is not
     known."""
@@ -124,7 +127,7 @@ def plan(
     jobs = tuple(Job(size, kind, case) for size in sizes for kind in kinds)
     if not jobs or not found:
         raise ValueError(f"nothing to measure; shapes: {', '.join(SHAPES)}; methods: {', '.join(METHODS)}")
-    return Plan(chosen, jobs, found, repeat, Path(out), fresh, scale)
+    return Plan(chosen, jobs, found, repeat, Path(out), fresh, scale, limit)
 
 
 def scaled(base: Shape, kind: str) -> list[Shape]:
@@ -204,7 +207,7 @@ def run(plan: Plan, console: Any) -> int:
             try:
                 with console.status(str(job)) as status:
                     say = functools.partial(_say, console, status, job)
-                    rows = measure(job, plan.methods, plan.device, plan.repeat, say)
+                    rows = measure(job, plan.methods, plan.device, plan.repeat, say, plan.limit)
             except Interrupted as stop:
                 rows, code = stop.rows, 130
             _write(plan.out, [row | stamp for row in rows])

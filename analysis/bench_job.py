@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -111,6 +112,25 @@ class _Clock:
             return [b - a for a, b in zip(marks, marks[1:], strict=False)]
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the body after so many seconds (0: never), as soon as Python runs again. Main thread."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"its first call took more than {seconds:g} s")
+
+    if not seconds:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -229,22 +249,26 @@ class _Bench:
         if reason := check(errors, self.loss):
             trial.stop("failed", reason)
 
-    def first(self, trial: Trial) -> None:
-        """Warm-up, then the call whose memory and errors count."""
+    def first(self, trial: Trial, limit: float = 0) -> None:
+        """Warm-up, then the call whose memory and errors count; both within `limit` seconds if that is not 0."""
         if (call := trial.call) is None:
             return
         try:
-            e, c = self._leaves(None if self.device.type == "cuda" else 16)
-            call(e, c, self.targets[: len(e)]).backward()
-            e, c = self._leaves()
-            loss, forward, left = allocated(lambda: call(e, c, self.targets), self.device)
-            _, backward, _ = allocated(loss.backward, self.device)
-            trial.peaks = (forward, left + backward)
-            self._judge(trial, self._errors(loss, e, c))
+            with _limited(limit):
+                self._first(trial, call)
         except torch.OutOfMemoryError:
             trial.stop("skipped", "out of memory")
         except Exception as error:  # other packages fail in their own ways; the reason is shown
             trial.stop("skipped", f"{type(error).__name__}: {error}")
+
+    def _first(self, trial: Trial, call: Call) -> None:
+        e, c = self._leaves(None if self.device.type == "cuda" else 16)
+        call(e, c, self.targets[: len(e)]).backward()
+        e, c = self._leaves()
+        loss, forward, left = allocated(lambda: call(e, c, self.targets), self.device)
+        _, backward, _ = allocated(loss.backward, self.device)
+        trial.peaks = (forward, left + backward)
+        self._judge(trial, self._errors(loss, e, c))
 
     def _turn(self, step: Callable[[], list[Any]]) -> list[float]:
         """Seconds between the marks of one step; on CUDA in a row of steps, at the clock that such work sustains."""
@@ -334,14 +358,19 @@ def _row(trial: Trial, kind: str, times: Sequence[float], peak: float, unit: flo
 
 
 def measure(
-    job: Job, methods: Sequence[Method], device: torch.device, repeat: int = 0, say: Callable[[str], None] = print
+    job: Job,
+    methods: Sequence[Method],
+    device: torch.device,
+    repeat: int = 0,
+    say: Callable[[str], None] = print,
+    limit: float = 0,
 ) -> list[Row]:
-    """The rows of one job. Ctrl-C ends the rounds; what was measured until then is returned, marked by its `rounds`."""
+    """The rows of one job; `limit`: most seconds for a method's first call, 0 for any. Ctrl-C ends the rounds; what was measured until then is returned, marked by its `rounds`."""
     bench = _Bench(job, methods, device)
     try:
         for trial in bench.trials:
             say(f"{trial.name}: warm-up, memory, check")
-            bench.first(trial)
+            bench.first(trial, limit)
         started, done, rounds = time.perf_counter(), 0, repeat
         while not rounds or done < rounds:
             say(f"round {done + 1}{f' of {rounds}' if rounds else ''}")

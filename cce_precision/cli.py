@@ -180,6 +180,7 @@ def bench(
     ),
     repeat: int = typer.Option(0, min=0, help="Timed rounds; 0: as many as fit in a minute a shape, 3 to 30."),
     softcap: bool = typer.Option(True, help="The model's softcap where it has one."),
+    limit: float = typer.Option(0, min=0, help="Most seconds for a method's first call; 0: any."),
     scale: bool = typer.Option(False, help="Sweep N and V instead of the named shapes."),
     out: Path = typer.Option(Path("reports/bench"), help="Folder for results.parquet, rows.jsonl and index.html."),
     fresh: bool = typer.Option(False, help="Measure again what the folder already holds."),
@@ -191,7 +192,7 @@ def bench(
     with bad_option():
         plan = benchmark.plan(
             device=device, shapes=names(shape), methods=names(methods), dtypes=names(dtype), case=case, scale=scale,
-            softcap=softcap, repeat=repeat, out=out, fresh=fresh,
+            softcap=softcap, repeat=repeat, out=out, fresh=fresh, limit=limit,
         )  # fmt: skip
     if page:
         benchmark.draw(out, console())

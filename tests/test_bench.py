@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -127,6 +128,22 @@ def test_a_method_that_breaks_after_its_check_loses_its_times() -> None:
     row = by_kind(rows, "fickle")["loss-fw-bw"]
     assert len(calls) == 4
     assert row["status"] == "failed" and row["rounds"] == 0
+
+
+def test_a_first_call_that_takes_too_long_is_skipped() -> None:
+    """The others go on; a method within its time is measured."""
+
+    def bind(softcap: float | None) -> Call:
+        def endless(e: Tensor, c: Tensor, t: Tensor) -> Tensor:
+            while True:
+                time.sleep(0.001)
+
+        return endless
+
+    rows = measure(TINY, [Method("endless", "test", bind), EXACT], CPU, repeat=1, say=lambda _: None, limit=2)
+    assert {row["status"] for row in rows if row["method"] == "endless"} == {"skipped"}
+    assert all("more than 2 s" in row["reason"] for row in rows if row["method"] == "endless")
+    assert by_kind(rows, "cce_exact")["loss-fw-bw"]["rounds"] == 1
 
 
 def test_the_check_itself() -> None:
