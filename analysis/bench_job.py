@@ -365,7 +365,8 @@ def measure(
     say: Callable[[str], None] = print,
     limit: float = 0,
 ) -> list[Row]:
-    """The rows of one job; `limit`: most seconds for a method's first call, 0 for any. Ctrl-C ends the rounds; what was measured until then is returned, marked by its `rounds`."""
+    """The rows of one job; `limit`: most seconds for a method's first call, 0 for any. Ctrl-C ends the rounds; what was
+    measured until then is returned, marked by its `rounds`."""
     bench = _Bench(job, methods, device)
     try:
         for trial in bench.trials:
