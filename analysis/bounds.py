@@ -84,6 +84,10 @@ class Call:
                 self._kept.append(block)
             yield block
 
+    def share_softmax(self, other: Call) -> None:
+        """Takes over the softmax of a call that differs in later stages alone, where that was kept."""
+        self._kept = other._kept
+
     def head(self, name: str) -> Computed:
         """A head of all valid tokens, (M,)."""
         return self._heads[name]

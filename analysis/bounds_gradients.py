@@ -6,7 +6,6 @@ softmax; all else enters as magnitudes. Rows come in the blocks of the pass wher
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,8 +15,8 @@ from torch import Tensor
 from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
 from cce_precision.analysis.bounds_model import Computed, Machine, Precision, half_ulp
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
-from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
-from cce_precision.numerics import NO_FILTER, Accumulation, Filter, Operand, Variant
+from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
+from cce_precision.numerics import Accumulation, Filter, Operand, Variant
 from cce_precision.problem import Problem
 
 __all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
@@ -128,7 +127,7 @@ class _Tiled:
     ) -> None:
         self.problem, self.machine, self.stages = problem, machine, stages
         self.c, self.ids, self.width = c, ids, width
-        self.variant = _with_exact_stages(variant, stages)
+        self.variant = with_exact_stages(variant, stages)
         self.p = precision(problem, machine, Stage.DZ, stages)
         self.seed, self.weight = seed, Computed.exact(weight)
         self.S = factors.late_scale()
@@ -199,7 +198,8 @@ class _Tiled:
         change = unsure = None
         if filt:
             change = x.value - full
-            own = 1.0 if p.u < 2.0**-50 else 2.0**-20  # the error of the fp64 softmax against that of the computed one
+            # the error of the fp64 softmax against that of the computed one
+            own = 1.0 if self.problem.compute_dtype is torch.float64 else 2.0**-20
             relative = torch.where(s.p.value > 0, s.p.error / s.p.value, 0.0).clamp(max=1.0)
             unsure = change.abs() * relative * own + 2.0**-50 * (x.value.abs() + full.abs()) * (change != 0)
         return _Dz(x, self._operand(x, whole, filt), change, unsure, None if self.smooth_inside else executed)
@@ -241,18 +241,6 @@ class _Tiled:
             above = whole.value - whole.error >= filt.threshold(dtype) * (1 + 2 * self.p.u)
             lost = torch.where(above, 0.0, lost)
         return Computed(x.value, x.error + lost)
-
-
-def _with_exact_stages(variant: Variant, stages: Stages) -> Variant:
-    """The record without the filters, the rounding of dZ and the low-precision sums of stages that are exact."""
-    changed: dict[str, object] = {}
-    if Stage.FILTER not in stages:
-        changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER}
-    if Stage.DZ not in stages:
-        changed["operand"] = Operand.FP32
-    if Stage.SUM not in stages:
-        changed |= {"accum_e": Accumulation.FP32, "accum_c": Accumulation.FP32}
-    return dataclasses.replace(variant, **changed)  # type: ignore[arg-type]
 
 
 def _product(left: Computed, right: Tensor, absolute_right: Tensor, extra: Tensor | None = None) -> Contribution:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 
 import torch
 
-__all__ = ["ALL_STAGES", "STAGES", "Stage", "Stages", "stage_dtype"]
+from cce_precision.numerics import NO_FILTER, Accumulation, Operand, Variant
+
+__all__ = ["ALL_STAGES", "STAGES", "Stage", "Stages", "stage_dtype", "with_exact_stages"]
 
 
 class Stage(str, enum.Enum):
@@ -29,3 +32,15 @@ ALL_STAGES: Stages = frozenset(STAGES)
 def stage_dtype(stages: Stages, stage: Stage, dtype: torch.dtype) -> torch.dtype:
     """What a stage computes in: `dtype`, the problem's own, or fp64 where it is exact."""
     return dtype if stage in stages else torch.float64
+
+
+def with_exact_stages(variant: Variant, stages: Stages) -> Variant:
+    """The record without the filters, the rounding of dZ and the low-precision sums of stages that are exact."""
+    changed: dict[str, object] = {}
+    if Stage.FILTER not in stages:
+        changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER}
+    if Stage.DZ not in stages:
+        changed["operand"] = Operand.FP32
+    if Stage.SUM not in stages:
+        changed |= {"accum_e": Accumulation.FP32, "accum_c": Accumulation.FP32}
+    return dataclasses.replace(variant, **changed)  # type: ignore[arg-type]
