@@ -42,7 +42,7 @@ class Trial:
     d: int = 64
     dtype: str = "bf16"
     # gaussian; exact: small integers, whose logits are exact in 16 bits; confident: the target's probability is 1 -
-    # complement; flat: all logits 0
+    # complement; flat: all logits 0, targets in the first half of the classes
     pattern: str = "gaussian"
     scale: float = 1.0  # of gaussian logits
     complement: float = 0.5
@@ -74,10 +74,12 @@ class Trial:
             lines += [f"e = torch.ones({n}, {d})", f"c = torch.zeros({v}, {d})"]
         if self.offset:
             lines += ["e[:, 0] = 32", f"c[:, 0] = {self.offset / 32:g}"]
-        easy = self.pattern in ("confident", "flat")
-        lines.append(
-            f"targets = torch.zeros({n}, dtype=torch.int64)" if easy else f"targets = torch.randint({v}, ({n},))"
-        )
+        if self.pattern == "flat":
+            lines.append(f"targets = torch.arange({n}) % {max(1, v // 2)}")
+        elif self.pattern == "confident":
+            lines.append(f"targets = torch.zeros({n}, dtype=torch.int64)")
+        else:
+            lines.append(f"targets = torch.randint({v}, ({n},))")
         if self.ignored != "none":
             lines.append(f"targets[{'::3' if self.ignored == 'some' else ':'}] = {IGNORED}")
         if self.poison:
