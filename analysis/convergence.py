@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,10 +37,11 @@ from cce_precision.analysis.train import Outcome, Recipe, Row, run
 from cce_precision.analysis.train_models import Method
 from cce_precision.analysis.train_text import Tokens
 
-__all__ = ["Comparison", "Difference", "Run", "compare", "differences", "read", "smoothed"]
+__all__ = ["Comparison", "Difference", "Run", "compare", "differences", "failures", "gather", "read", "smoothed"]
 
 DIGITS = 8  # of the numbers in runs.jsonl
 CONFIDENCE = 0.95
+STOPPED = 130  # exit code of a process whose run was stopped
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def compare(
     """Makes the runs that a folder lacks, `processes` at a time; whether all are there.
 
     `until`: a time.time() after which the runs in progress stop; the same call goes on with them. So it does after
-    Ctrl-C, which raises KeyboardInterrupt once the runs in progress have written their checkpoints.
-    Raises what a run raises.
+    Ctrl-C, which raises KeyboardInterrupt once the runs in progress have written their checkpoints. A run that raises
+    is noted in runs.jsonl (a loss that is no number is a result too), tried again by the next call, and stops no other.
     """
     out.mkdir(parents=True, exist_ok=True)
     recipes = todo.recipes()
@@ -107,8 +109,8 @@ def compare(
     if processes == 1:
         for recipe in recipes:
             done = _one(recipe, tokens, out, device, partial(on_row, recipe), lambda: time.time() > until)
-            whole &= done
-            if not done and time.time() <= until:
+            whole &= done is not False
+            if done is False and time.time() <= until:
                 raise KeyboardInterrupt
         return whole
     path = out / "tokens.npz"
@@ -116,18 +118,53 @@ def compare(
     context = multiprocessing.get_context("spawn")
     stop, rows = context.Event(), context.Queue()
     threading.Thread(target=_relay, args=(rows, on_row), daemon=True).start()
-    start = (path, out, device, max(1, (os.cpu_count() or 1) // processes), stop, rows, until)
-    with ProcessPoolExecutor(processes, context, _start, start) as pool:
-        try:
-            futures = [pool.submit(_work, recipe) for recipe in recipes]
-            for future in as_completed(futures):
-                whole &= future.result()
-        except BaseException:
-            stop.set()  # the runs in progress write their checkpoints
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    # A process a run: its peak memory is its own, and a device that one run has broken is not the next one's.
+    waiting = list(reversed(recipes))
+    running: dict[Any, tuple[Any, Recipe]] = {}  # by what says that the process ended
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                recipe = waiting.pop()
+                if _there(recipe, tokens, out):
+                    continue
+                if time.time() > until:
+                    whole = False
+                    continue
+                worker = context.Process(target=_work, args=(recipe, path, out, device, threads, stop, rows, until))
+                worker.start()
+                running[worker.sentinel] = worker, recipe
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                worker, recipe = running.pop(sentinel)
+                worker.join()
+                whole &= worker.exitcode != STOPPED
+                if worker.exitcode not in (0, STOPPED):
+                    _note_failure(recipe, out, f"its process ended with exit code {worker.exitcode}")
+    except BaseException:
+        stop.set()  # the runs in progress write their checkpoints
+        for worker, _ in running.values():
+            worker.join()
+        raise
     path.unlink()
     return whole
+
+
+def _folder(recipe: Recipe, out: Path) -> Path:
+    return out / f"{slug(recipe.method)}-seed{recipe.seed}"
+
+
+def _there(recipe: Recipe, tokens: Tokens, out: Path) -> bool:
+    """Whether this very run is finished."""
+    summary = _folder(recipe, out) / "summary.json"
+    held: Row = json.loads(summary.read_text()) if summary.exists() else {"failed": ""}
+    return "failed" not in held and held["recipe"] == asdict(recipe) and held["tokens"]["digest"] == tokens.digest
+
+
+def _note_failure(recipe: Recipe, out: Path, reason: str) -> None:
+    folder = _folder(recipe, out)
+    folder.mkdir(exist_ok=True)
+    line = {"method": recipe.method, "seed": recipe.seed, "failed": reason}
+    (folder / "summary.json").write_text(json.dumps(line) + "\n")
 
 
 def _one(
@@ -137,38 +174,40 @@ def _one(
     device: str | None,
     on_row: Callable[[Row], None],
     stopped: Callable[[], bool],
-) -> bool:
-    """One run of a comparison, unless it is there; whether it is now."""
-    folder = out / f"{slug(recipe.method)}-seed{recipe.seed}"
-    summary = folder / "summary.json"
-    if summary.exists():
-        held = json.loads(summary.read_text())
-        if held["recipe"] == asdict(recipe) and held["tokens"]["digest"] == tokens.digest:
-            return True
+) -> bool | None:
+    """One run of a comparison, unless it is there; whether it is now, None where it raised."""
+    if _there(recipe, tokens, out):
+        return True
     if stopped():
         return False
-    outcome = run(recipe, tokens, folder, device=device, on_row=on_row, stopped=stopped, keep_model=False)
+    folder = _folder(recipe, out)
+    try:
+        outcome = run(recipe, tokens, folder, device=device, on_row=on_row, stopped=stopped, keep_model=False)
+    except ValueError:  # what was asked for cannot be
+        raise
+    except Exception as error:
+        said = str(error).splitlines()
+        _note_failure(recipe, out, f"{type(error).__name__}: {said[0] if said else ''}")
+        return None
     if outcome.finished and outcome.curve:
-        summary.write_text(json.dumps(_summary(recipe, tokens, outcome)) + "\n")
+        (folder / "summary.json").write_text(json.dumps(_summary(recipe, tokens, outcome)) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return outcome.finished
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start(path: Path, out: Path, device: str | None, threads: int, stop: Any, rows: Any, until: float) -> None:
-    """What a process of the pool needs for its runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs, the parent stops the pool
+def _work(
+    recipe: Recipe, path: Path, out: Path, device: str | None, threads: int, stop: Any, rows: Any, until: float
+) -> None:
+    """One run in a process of its own; exit code STOPPED where it was stopped."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the runs
     torch.set_num_threads(threads)
-    _worker.update(tokens=Tokens.load(path), out=out, device=device, stop=stop, rows=rows, until=until)
-
-
-def _work(recipe: Recipe) -> bool:
-    w = _worker
-    stopped = lambda: w["stop"].is_set() or time.time() > w["until"]  # noqa: E731
-    return _one(recipe, w["tokens"], w["out"], w["device"], lambda row: w["rows"].put((recipe, row)), stopped)
+    stopped = lambda: stop.is_set() or time.time() > until  # noqa: E731
+    try:
+        if _one(recipe, Tokens.load(path), out, device, lambda row: rows.put((recipe, row)), stopped) is False:
+            sys.exit(STOPPED)
+    except ValueError as error:
+        _note_failure(recipe, out, f"ValueError: {error}")
 
 
 def _relay(rows: Any, on_row: Callable[[Recipe, Row], None]) -> None:
@@ -205,27 +244,36 @@ def _summary(recipe: Recipe, tokens: Tokens, outcome: Outcome) -> Row:
 
 
 def gather(todo: Comparison, out: Path) -> int:
-    """Writes runs.jsonl from the finished runs of a folder; how many they are."""
+    """Writes runs.jsonl from the finished and the failed runs of a folder; how many finished."""
     lines = []
     for recipe in todo.recipes():
         path = out / f"{slug(recipe.method)}-seed{recipe.seed}" / "summary.json"
         if path.exists():
             lines.append(path.read_text())
     (out / "runs.jsonl").write_text("".join(lines))
-    return len(lines)
+    return len(lines) - len(failures(out))
 
 
 # -- reading them ------------------------------------------------------------------------------------------------------
 
 
-def read(out: Path) -> list[Run]:
-    """The runs of a folder's runs.jsonl. Raises ValueError where there is none."""
+def _lines(out: Path) -> list[Row]:
     path = out / "runs.jsonl"
-    if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path} holds no run; run the comparison first")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def failures(out: Path) -> list[str]:
+    """The runs of a folder's runs.jsonl that raised, each with its reason."""
+    return [f"{one['method']}, seed {one['seed']}: {one['failed']}" for one in _lines(out) if "failed" in one]
+
+
+def read(out: Path) -> list[Run]:
+    """The finished runs of a folder's runs.jsonl. Raises ValueError where there is none."""
+    found = [one for one in _lines(out) if "failed" not in one]
+    if not found:
+        raise ValueError(f"{out / 'runs.jsonl'} holds no run; run the comparison first")
     runs = []
-    for line in path.read_text().splitlines():
-        one = json.loads(line)
+    for one in found:
         runs.append(
             Run(
                 one["method"],

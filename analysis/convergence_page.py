@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cce_precision.analysis.convergence import Difference, Run, differences, late, read, smoothed
+from cce_precision.analysis.convergence import Difference, Run, differences, failures, late, read, smoothed
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import MARKS, Figure, Mark, Panel, Series
 from cce_precision.analysis.report import data_uri, number
@@ -314,6 +314,7 @@ def build(out: Path) -> Path:
         reference=found[0].method,
         control=CONTROL if any(line.method == CONTROL for line in found) else "",
         sentences=sentences(found),
+        failures=failures(out),
         rows=[row(line, drift(found)) for line in found],
         measured=any(not math.isnan(line.dE[0]) for line in found),
         figures=[{"name": f.name, "title": f.title, "caption": f.caption, "image": i} for f, i in zip(drawn, images)],

@@ -409,7 +409,8 @@ def run(
         )
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch demands of its products
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check, not a matter of determinism
+        # A check, and no matter of determinism.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     set_seed(recipe.seed)
     model = build(recipe.model, recipe.config, recipe.size, tokens.vocabulary, recipe.context, recipe.weights)

@@ -118,7 +118,7 @@ def compare(
     processes: int,
     minutes: float | None,
 ) -> int:
-    """All runs of a comparison under one bar, then the page; exit codes as `alone`."""
+    """All runs of a comparison under one bar, then the page; exit codes as `alone`, and 1 where a run raised."""
     until = math.inf if minutes is None else time.time() + 60 * minutes
     done: dict[tuple[str, int], int] = {}
     stopped = False
@@ -140,11 +140,16 @@ def compare(
             whole, stopped = False, True
     if is_main():
         count, total = convergence.gather(todo, out), len(todo.recipes())
+        failed = convergence.failures(out)
+        for reason in failed:
+            console.print(f"failed: {reason}", markup=False)
         if count:
             draw(out, console)
         if not whole:
             why = "stopped" if stopped else "out of time"
             console.print(f"{why} with {count} of {total} runs finished; the same command goes on")
+        if whole and failed:
+            return 1
     return 0 if whole else STOPPED
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from cce_precision.analysis import convergence_page
+from cce_precision.analysis import convergence, convergence_page
 from cce_precision.analysis.convergence import Comparison, Difference, compare, differences, gather, read, smoothed
 from cce_precision.analysis.train import Recipe, read_curve
 from cce_precision.analysis.train_text import SHIPPED, Tokens, tokenise
@@ -42,9 +42,9 @@ def made(tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comp
         if row["kind"] == "train" and (recipe.method, recipe.seed) not in seen:
             seen.append((recipe.method, recipe.seed))
             if len(seen) == 3:
-                raise InterruptedError
+                raise KeyboardInterrupt
 
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         compare(todo, tokens, out, device="cpu", on_row=stop)
     assert gather(todo, out) == 2
     assert compare(todo, tokens, out, device="cpu")
@@ -135,6 +135,26 @@ def test_the_time_budget_stops_the_runs_and_says_so(tokens: Tokens, tmp_path: Pa
         read(tmp_path)
 
 
+def test_a_run_that_raises_is_named_stops_no_other_and_is_tried_again(
+    tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = Comparison(replace(SMALL, steps=2, heldout_every=0, gradient_every=0), ("fp32", "unpatched"), (0,))
+    with monkeypatch.context() as patch:
+
+        def broken(recipe: Recipe, *_: object, **__: object) -> None:
+            raise FloatingPointError("the loss is nan")
+
+        patch.setattr(convergence, "run", broken)
+        assert compare(todo, tokens, tmp_path, device="cpu")  # nothing is left to go on with
+        assert gather(todo, tmp_path) == 0
+    said = [
+        "fp32, seed 0: FloatingPointError: the loss is nan",
+        "unpatched, seed 0: FloatingPointError: the loss is nan",
+    ]
+    assert convergence.failures(tmp_path) == said
+    assert compare(todo, tokens, tmp_path, device="cpu") and gather(todo, tmp_path) == 2
+
+
 @pytest.mark.slow
 def test_processes_make_the_same_runs(made: tuple[Comparison, Path], tokens: Tokens, tmp_path: Path) -> None:
     todo, out = made
@@ -204,7 +224,10 @@ def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_page_of_one_seed_and_no_gradients_claims_nothing(tmp_path: Path, sketched: None) -> None:
     (tmp_path / "runs.jsonl").write_text(line("baseline", 0, 4.0, None) + "\n" + line("cce", 0, 5.0, None) + "\n")
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write(json.dumps({"method": "cce", "seed": 1, "failed": "FloatingPointError: <nan>"}) + "\n")
     page = convergence_page.build(tmp_path).read_text()
+    assert "1 run raised" in page and "cce, seed 1: FloatingPointError: &lt;nan&gt;" in page
     assert "One seed" in page and "not distinguishable" not in page and "error of dE" not in page
 
 
