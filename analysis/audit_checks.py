@@ -414,7 +414,7 @@ CHECKS: dict[str, Check] = {
             "growth with the batch",
             "Do the errors of the loss and of dC stay put while tokens and chunks grow?",
             "careful",
-            tuple(Trial(n=n, v=504, d=16, pattern="flat") for n in (64, 512, 4096)),
+            tuple(Trial(n=n, v=1008, d=8, pattern="flat") for n in (64, 512, 4096)),
             careful,
         ),
         Check(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cce_precision.numerics import power_of_two
 
-CHUNK = 64
+CHUNK = 16
 IGNORED = -100
 # defect: the check that must catch it
 DEFECTS = {
