@@ -15,7 +15,7 @@ from typing import Any
 from cce_precision.analysis.convergence import Difference, Run, differences, failures, late, read, smoothed
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import MARKS, Figure, Mark, Panel, Series
-from cce_precision.analysis.report import data_uri, number
+from cce_precision.analysis.report import data_uri
 from cce_precision.analysis.train_models import REFERENCES, Method
 
 __all__ = ["Line", "build", "lines", "markdown"]
@@ -110,9 +110,14 @@ def apart(line: Line, beyond: float) -> bool:
     return d is not None and not math.isnan(d.half) and d.apart and abs(d.mean) > beyond
 
 
+def number(value: float) -> str:
+    """Two digits, 2.2e-3; "-" for NaN."""
+    return "-" if math.isnan(value) else f"{value:.2g}".replace("e-0", "e-")
+
+
 def signed(value: float) -> str:
-    """A difference of losses, with its sign, to two digits or four decimals."""
-    return "-" if math.isnan(value) else f"{value:+.4f}" if abs(value) < 0.1 else f"{value:+.3f}"
+    """A difference of losses, with its sign, to four decimals."""
+    return "-" if math.isnan(value) else "0.0000" if abs(value) < 5e-5 else f"{value:+.4f}"
 
 
 def interval(d: Difference | None) -> str:
@@ -130,7 +135,7 @@ def sentences(found: Sequence[Line]) -> list[str]:
     if any(line.method == CONTROL for line in found):
         said.append(
             f"Two runs that are equally right, {reference.method} from weights one rounding apart, end within "
-            f"{beyond:.4f} nats of each other in held-out loss; no smaller difference says anything."
+            f"{number(beyond)} nats of each other in held-out loss; no smaller difference says anything."
         )
     if reference.seeds < 2:
         return [*said, "One seed: differences have no interval, so none is called one."]
