@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import choosing, validation
 from .autograd import choose_backend, heads_of, statistics_of
+from .dtensor import place
 from .eager import plain_heads
 from .migration import suggests, unknown_keyword
 from .numerics import Path, Variant
@@ -51,6 +52,7 @@ class LinearCrossEntropyOutput(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     stats: FilterStatistics | None = None
+    impl: str = ""  # the variant's name: what impl="auto" took
 
 
 @suggests
@@ -101,12 +103,16 @@ def linear_cross_entropy(
         filter_eps: probability below which a filtering variant skips; "auto" is finfo(dtype).eps / 32; None filters
         nothing. accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
         filter_e_grad, filter_c_grad: False leaves that gradient unfiltered.
-        impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record.
+        impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record. "auto": the
+            fastest by a committed table of measurements that meets `tolerance` in `workspace_mb`; it depends on shapes,
+            dtype, device and options alone, and never synchronises (`choosing`).
         vocab_parallel_options: c (and bias) are this process's rows of a classifier that processes share; e, targets
-            and class_weight (of the whole vocabulary) are the same on all of them; see `VocabParallelOptions`.
+            and class_weight (of the whole vocabulary) are the same on all of them; see `VocabParallelOptions`. DTensors
+            need none: their placements say who holds what; see `cce_precision.dtensor`.
         backend: "triton" demands the kernels, "eager" plain PyTorch, "auto" takes the kernels where they can run.
-        tolerance: not available in this version; anything but None raises.
-        workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default.
+        tolerance: with impl="auto", the largest relative error of dE and dC (Euclidean norms) that is predicted for
+            the variant; None: no less exact than `baseline`, PyTorch's own loss in this dtype.
+        workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default (256 for impl="auto").
         seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a
             run.
         validate: whether to check the range of targets: True, False, or "auto" (only where it costs no
@@ -134,16 +140,26 @@ def linear_cross_entropy(
     Sources: Wijmans et al., arXiv 2411.09009 (the method); Blanchard, Higham and Higham, doi 10.1093/imanum/draa038
         (lse).
     """
-    variant = get(impl)
+    named = None if impl == choosing.AUTO else get(impl)
     options = validation.Options(
         ignore_index, softcap, reduction, shift, filter_eps, backend, tolerance, workspace_mb, seed, validate,
         label_smoothing, temperature,
     )  # fmt: skip
     validation.check_options(options)
-    share = check_options(vocab_parallel_options, return_stats)
-    validation.check_tensors(e, c, targets, bias, class_weight, options, share)
-    variant = variant.configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
+    validation.check_tolerance(tolerance, named)
+    placed = place(e, c, targets, bias, class_weight, check_options(vocab_parallel_options))
+    validation.check_tensors(e, placed.c, placed.targets, placed.bias, placed.class_weight, options, placed.options)
+    e, c, targets, bias, class_weight, share, tokens = placed
+    whole = share is None and tokens is None
+    validation.check_whole(whole, return_stats)
     e, c, bias = _autocast(e, c, bias)
+    one_pass = reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy)
+    configuration = (filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
+    if named is None:
+        plain = one_pass and bias is None and softcap is None and temperature == 1 and not return_argmax
+        wanted = choosing.Options(tolerance, workspace_mb, plain and whole, *configuration)
+        named, workspace_mb = _automatic(e, c, backend, wanted, not whole)
+    variant = named.configure(*configuration)
     offset = int(shift)
     flat_targets = _flatten_targets(targets, ignore_index, offset)
     check = validation.should_check_range(options, targets)
@@ -162,7 +178,7 @@ def linear_cross_entropy(
     )
     if share is not None:
         plan = dataclasses.replace(plan, partial_e=True, first_column=share.start)
-    elif reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy):
+    elif one_pass and tokens is None:
         plan = dataclasses.replace(plan, one_pass=_wanted_gradients(e, c, bias))
     if variant.filtered and variant.path is Path.TILED:
         plan = dataclasses.replace(plan, want_record=_wanted_gradients(e, c, bias) is not None)
@@ -171,7 +187,7 @@ def linear_cross_entropy(
     problem = Problem(
         e.reshape(-1, e.shape[-1]),
         c,
-        flat_targets,
+        flat_targets if tokens is None else tokens.own(flat_targets),
         bias,
         (weight if weight is None or share is None else weight[share.start : share.stop]) if plan.want_smooth else None,
         plan.softcap,
@@ -179,9 +195,12 @@ def linear_cross_entropy(
         plan.first_column,
     )
     draw = _seed(seed, e.device) if variant.random else torch.zeros((), dtype=torch.int64, device=e.device)
+    if share is not None and variant.random and seed is None:
+        draw = common_seed(draw, share.group)
+    if tokens is not None:
+        draw = tokens.seed(draw)
     v: int | Tensor = c.shape[0]
     if share is not None:
-        draw = common_seed(draw, share.group) if variant.random and seed is None else draw
         heads, shares = heads_of_shares(problem, plan, draw, share, return_lse)
         v = shares.vocabulary
         if check:
@@ -191,6 +210,8 @@ def linear_cross_entropy(
         heads = heads_of(problem, plan, draw)
     else:
         heads = plain_heads(problem, plan, want_lse=return_lse or return_stats)
+    if tokens is not None:
+        heads = tokens.whole(heads, (True, return_lse, return_entropy, plan.want_smooth, return_argmax))
 
     per_token = _per_token_loss(heads, flat_targets, weight, label_smoothing, v)
     unflatten = lambda x: x.view(targets.shape)[..., : targets.shape[-1] - offset] if offset else x.view(targets.shape)  # noqa: E731
@@ -208,7 +229,23 @@ def linear_cross_entropy(
         unflatten(heads.entropy) if return_entropy else None,
         unflatten(heads.argmax) if return_argmax else None,
         stats,
+        variant.name,
     )
+
+
+def _automatic(
+    e: Tensor, c: Tensor, backend: str, options: choosing.Options, shared: bool
+) -> tuple[Variant, int | None]:
+    """The variant and the workspace that impl="auto" stands for."""
+    if shared:
+        raise ValueError(
+            "impl='auto' must be a variant's name where processes share the vocabulary or the tokens: they have to "
+            "agree, and their shares may differ in size"
+        )
+    (v, d), dtype = c.shape, torch.promote_types(e.dtype, c.dtype)
+    place = choosing.backend_of(e.device, e.dtype, c.dtype, backend)
+    found = choosing.resolve(e.numel() // d, v, d, dtype, place, options)
+    return get(found.impl), found.workspace_mb
 
 
 def _wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool] | None:
@@ -325,7 +362,8 @@ class LinearCrossEntropy(nn.Module):
         for name in options:
             if name not in known:
                 raise unknown_keyword("LinearCrossEntropy", name, known)
-        get(options.get("impl", DEFAULT))
+        if (impl := options.get("impl", DEFAULT)) != choosing.AUTO:
+            get(impl)
         validation.check_reduction(options.get("reduction", "mean"))
         self.options = options
 

@@ -71,8 +71,8 @@ class VocabParallelOptions:
         return self.stop - self.start
 
 
-def check_options(options: object, return_stats: bool) -> VocabParallelOptions | None:
-    """The options of a call. Raises TypeError, ValueError or RuntimeError where it cannot run with them."""
+def check_options(options: object) -> VocabParallelOptions | None:
+    """The options of a call. Raises TypeError for another type, RuntimeError without processes."""
     if options is None:
         return None
     if not isinstance(options, VocabParallelOptions):
@@ -80,8 +80,6 @@ def check_options(options: object, return_stats: bool) -> VocabParallelOptions |
             f"vocab_parallel_options must be None or VocabParallelOptions, got {options!r} of {type(options).__name__}"
         )
     check_initialised("vocab_parallel_options")
-    if return_stats:
-        raise ValueError("return_stats=True has no vocabulary-parallel form; leave vocab_parallel_options=None for it")
     return options
 
 

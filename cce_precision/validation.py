@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .numerics import Variant
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
@@ -97,17 +99,28 @@ def check_options(options: Options) -> None:
             raise ValueError(f"filter_eps must be 'auto', None or a probability in [0, 1], got {o.filter_eps!r}")
     if o.backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {o.backend!r}")
-    if o.tolerance is not None:
-        raise ValueError(
-            f"tolerance must be None: no variant of this version chooses itself by tolerance; name an impl, "
-            f"got {o.tolerance!r}"
-        )
     if o.workspace_mb is not None and not (_is_integer(o.workspace_mb) and o.workspace_mb > 0):
         raise ValueError(f"workspace_mb must be None or an int > 0 (MiB), got {o.workspace_mb!r}")
     if o.seed is not None and not (_is_integer(o.seed) and -(2**63) <= o.seed < 2**63):
         raise ValueError(f"seed must be None or an int of 64 bits, got {o.seed!r}")
     if o.validate not in (True, False, "auto") or isinstance(o.validate, (float,)):
         raise ValueError(f"validate must be True, False or 'auto', got {o.validate!r}")
+
+
+def check_tolerance(tolerance: object, variant: Variant | None = None) -> None:
+    """Raises TypeError or ValueError for a tolerance that is neither None nor a finite number > 0, and for one beside a
+    variant (None: impl="auto") that does not adapt to it."""
+    if tolerance is None:
+        return
+    if not _is_number(tolerance):
+        raise TypeError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
+    if not (math.isfinite(tolerance) and tolerance > 0):  # type: ignore[arg-type, operator]
+        raise ValueError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
+    if variant is not None:
+        raise ValueError(
+            f"tolerance must be None with impl={variant.name!r}, whose error is what it is; impl='auto' chooses a "
+            f"variant by tolerance, got {tolerance!r}"
+        )
 
 
 def check_tensors(
@@ -173,6 +186,12 @@ def check_tensors(
         raise ValueError(
             "class_weight must not require a gradient: none is computed for it; pass class_weight.detach()"
         )
+
+
+def check_whole(whole: bool, return_stats: bool) -> None:
+    """Raises ValueError for what has no form where processes share the vocabulary or the tokens."""
+    if not whole and return_stats:
+        raise ValueError("return_stats must be False where processes share the vocabulary or the tokens, got True")
 
 
 def should_check_range(options: Options, targets: Tensor) -> bool:

@@ -36,8 +36,9 @@ RANKS = {
     "autograd": 3,
     "validation": 3,
     "migration": 3,
-    "choosing": 3,
+    "choosing": 3.5,
     "parallel": 3.5,
+    "dtensor": 3.7,
     "interface": 4,
     "": 5,  # the package itself: public names only
     "huggingface": 6,
