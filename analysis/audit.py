@@ -64,6 +64,7 @@ class Card:
     version: str
     device: str
     software: str
+    commit: str  # of this package
     command: str
     outcomes: tuple[Outcome, ...] = field(default=())
 
@@ -127,9 +128,8 @@ def _alike(f: Finding, worst: Finding) -> bool:
 
 def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> Outcome:
     """The outcome of a call that raised."""
-    said = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    plain = trial == Trial(dtype=trial.dtype) or check.name == "accuracy"
-    if isinstance(error, REFUSALS) and not plain:
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, REFUSALS) and trial != Trial():  # not even the plainest call
         return Outcome(check.name, "not offered", f"raises {said}")
     kind = type(error)
 
@@ -161,6 +161,7 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
     if not able:
         return Outcome(name, "not offered", f"it has no {missing(target, trials[0])}")
     found: list[Finding] = []
+    refused: list[str] = []
     for trial in able:
         try:
             found += check.measure(subject, trial)
@@ -168,9 +169,15 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
             return Outcome(name, "not offered", str(error))
         except Exception as error:
             outcome = _raised(subject, check, trial, error)
-            if outcome.status == "fail" or trial == able[-1] and not found:
-                return dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 1))
-    return dataclasses.replace(_verdict(subject, check, found), seconds=round(time.monotonic() - started, 1))
+            refused.append(f"{trial} {outcome.summary}")
+            if outcome.status == "fail":
+                break
+    else:
+        outcome = _verdict(subject, check, found) if found else Outcome(name, "not offered", refused[0])
+        if found and refused:
+            summary = f"{outcome.summary}; {len(refused)} of {len(able)} calls refused: {refused[0]}"
+            outcome = dataclasses.replace(outcome, summary=summary)
+    return dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
 def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
@@ -267,12 +274,15 @@ def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]
         version = target.version
     except Exception:  # its package may fail in any way
         version = "not installed"
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return Card(
         target.name,
         target.text({}),
         f"{target.package} {version}",
         where,
         ", ".join(software),
+        commit,
         command,
         tuple(outcomes),
     )
