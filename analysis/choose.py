@@ -30,6 +30,7 @@ from cce_precision.interface import linear_cross_entropy
 from cce_precision.kernels import one_pass_fits
 from cce_precision.numerics import Path, Variant
 from cce_precision.problem import Plan, Problem
+from cce_precision.validation import check_tolerance
 from cce_precision.variants import ALL, DEFAULT, get
 
 __all__ = ["Run", "Timer", "candidates", "measured", "names", "table"]
@@ -233,7 +234,7 @@ def measured(
     Returns a `Choice`; errors are the upper ends of the intervals, times medians. Raises ValueError for unknown names
     and bad tolerances.
     """
-    choosing.check_tolerance(tolerance)
+    check_tolerance(tolerance)
     judge = _Judge(problem, tolerance, memory_mb, rows, confidence, seed)
     trials = [_Trial(one, get(one.impl)) for one in candidates(problem, impls)]
     if tolerance is None:
@@ -308,7 +309,7 @@ def table(choice: Choice, title: str = "") -> Any:
     from rich.table import Table
 
     drawn = Table(
-        title=title or None, title_justify="left", caption=f"Demand: {choice.demand}. {choice.basis.capitalize()}.",
+        title=title or None, title_justify="left", caption=f"Demand: {choice.demand}. Basis: {choice.basis}.",
         caption_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     drawn.add_column("", no_wrap=True)

@@ -21,6 +21,7 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,33 +103,49 @@ def judge(case: Case, tolerance: float | None, chosen: str | None, impls: Sequen
     }  # fmt: skip
 
 
-def campaign(problems: int, seed: int, out: Path, console: Any) -> list[dict[str, Any]]:
-    """Runs what `out`/problems.jsonl does not hold yet, and returns all rows."""
+def one(index: int, seed: int) -> dict[str, Any]:
+    """Row `index` of a campaign."""
+    torch.set_num_threads(1)
+    case, what = problem_of(index, seed)
+    choice = measured(case, tolerance=what["tolerance"], seed=index)
+    best = choice.best
+    impls = sorted(found.impl for found in choice.candidates)
+    row = what | judge(case, what["tolerance"], None if best is None else best.impl, impls)
+    for found in choice.candidates:
+        row["variants"][found.impl]["memory_mib"] = found.memory_mib
+    return row | {"device": device_name(torch.device("cpu"))}
+
+
+def campaign(problems: int, seed: int, out: Path, console: Any, workers: int = 1) -> list[dict[str, Any]]:
+    """Runs what `out`/problems.jsonl does not hold yet, in so many processes, and returns all rows by index."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     path = out / "problems.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["seed"], row["index"]) for row in rows}
-    stamp = provenance() | {"device": device_name(torch.device("cpu"))}
+    left = [index for index in range(problems) if (seed, index) not in done]
+    stamp = provenance()
     stamp["command"] = f"python -m cce_precision.analysis.choose_campaign {' '.join(sys.argv[1:])}".strip()
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("choosing", total=problems)
-        for index in range(problems):
-            if (seed, index) not in done:
-                case, what = problem_of(index, seed)
-                choice = measured(case, tolerance=what["tolerance"], seed=index)
-                best = choice.best
-                impls = [one.impl for one in choice.candidates]
-                row = what | judge(case, what["tolerance"], None if best is None else best.impl, sorted(impls))
-                for one in choice.candidates:
-                    row["variants"][one.impl]["memory_mib"] = one.memory_mib
-                rows.append(row | stamp)
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-            progress.advance(task)
-    return rows
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(workers, get_context("spawn")) as pool,
+        path.open("a") as file,
+    ):
+        task = progress.add_task("choosing", total=problems, completed=problems - len(left))
+        try:
+            for future in as_completed([pool.submit(one, index, seed) for index in left]):
+                rows.append(future.result() | stamp)
+                file.write(json.dumps(rows[-1]) + "\n")
+                file.flush()
+                progress.advance(task)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return sorted(rows, key=lambda row: (row["seed"], row["index"]))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -160,10 +177,13 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("reports/choose"))
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     given = parser.parse_args()
     console = Console()
-    rows = campaign(given.problems, given.seed, given.out, console)
-    console.print_json(json.dumps(summary(rows)))
+    rows = campaign(given.problems, given.seed, given.out, console, given.workers)
+    found = summary(rows)
+    (given.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    console.print_json(json.dumps(found))
 
 
 if __name__ == "__main__":

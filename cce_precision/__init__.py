@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from .choosing import Candidate, Choice, choose
 from .interface import (
     FilterStatistics,
     LinearCrossEntropy,
@@ -16,6 +17,8 @@ from .parallel import VocabParallelOptions
 
 __all__ = [
     "Accumulation",
+    "Candidate",
+    "Choice",
     "Filter",
     "FilterKind",
     "FilterStatistics",
@@ -29,6 +32,7 @@ __all__ = [
     "VocabParallelOptions",
     "cce_counts",
     "cce_patch",
+    "choose",
     "compute_z_loss",
     "linear_cross_entropy",
     "uncce_patch",

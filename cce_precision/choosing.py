@@ -21,14 +21,18 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import torch
 
+from .autograd import choose_backend
 from .numerics import Accumulation, FilterKind, Path, Variant, auto_eps
-from .variants import ALL, get
+from .problem import Plan, Problem
+from .validation import check_tolerance
+from .variants import ALL, DEFAULT, get
 
 __all__ = ["AUTO", "Candidate", "Choice", "Cost", "Errors", "Resolved", "Table", "choose", "resolve"]
 
@@ -164,6 +168,11 @@ class Table:
             found[case] = Errors(known.errors.loss, known.errors.dE * growth, known.errors.dC * growth)
         return found
 
+    def limits(self, backend: str, dtype: torch.dtype, v: int) -> dict[str, Errors]:
+        """Predicted errors of the baseline by kind of softmax; {} where it was not measured."""
+        plain = next((cost for cost in self.of(backend, dtype) if cost.impl == BASELINE), None)
+        return {} if plain is None else self.errors(plain, get(BASELINE), v)
+
 
 TABLE = Table.load()
 
@@ -234,18 +243,8 @@ def select(candidates: list[Candidate], demand: str, basis: str) -> Choice:
 def against(tolerance: float | None) -> str:
     """The demand on the error, in words."""
     if tolerance is None:
-        return f"no less exact than {BASELINE!r}, PyTorch's own loss in this dtype"
+        return f"errors no larger than those of {BASELINE!r}, PyTorch's own loss in this dtype"
     return f"relative errors of dE and dC at most {tolerance:g}"
-
-
-def check_tolerance(tolerance: object) -> None:
-    """Raises TypeError or ValueError for what is neither None nor a finite number > 0."""
-    if tolerance is None:
-        return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
 
 
 def judged(found: dict[str, Errors], baseline: dict[str, Errors], tolerance: float | None) -> tuple[Errors, str]:
@@ -299,6 +298,18 @@ class Options(NamedTuple):
             return None
 
 
+def backend_of(device: torch.device, e_dtype: torch.dtype, c_dtype: torch.dtype, wanted: str) -> str:
+    """ "triton" or "eager": where tiled variants run. Raises ValueError where backend="triton" cannot run there."""
+    return _cached_backend(device, e_dtype, c_dtype, wanted)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_backend(device: torch.device, e_dtype: torch.dtype, c_dtype: torch.dtype, wanted: str) -> str:
+    e, c = (torch.zeros(1, 1, dtype=dtype, device=device) for dtype in (e_dtype, c_dtype))
+    problem = Problem(e, c, torch.zeros(1, dtype=torch.int64, device=device))
+    return choose_backend(problem, Plan(get(DEFAULT), backend=wanted))
+
+
 def resolve(n: int, v: int, d: int, dtype: torch.dtype, backend: str, options: Options) -> Resolved:
     """What impl="auto" takes for N tokens, V columns, D features in `dtype` on `backend` ("triton" or "eager").
 
@@ -323,7 +334,8 @@ def _by_tokens(
 
 
 # What torch.compiler.assume_constant_result does, which would import torch._dynamo (1 to 3 s) with the library.
-_by_tokens._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _constant in (_by_tokens, backend_of):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
@@ -342,8 +354,7 @@ def _cached_by_tokens(
 def _resolved(n: int, v: int, d: int, dtype: torch.dtype, backend: str, options: Options) -> Resolved:
     """The choice for n tokens."""
     costs = TABLE.of(backend, dtype)
-    plain = next((cost for cost in costs if cost.impl == BASELINE), None)
-    limits = {} if plain is None else TABLE.errors(plain, get(BASELINE), v)
+    limits = TABLE.limits(backend, dtype, v)
     most = WORKSPACE_MB if options.workspace_mb is None else options.workspace_mb
     candidates, nearest, off = [], "", math.inf
     for cost in costs:
@@ -407,7 +418,8 @@ def choose(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
     memory_mb: float | None = None,
-    calibrate: bool = True,
+    tflops: Mapping[str, float] | None = None,
+    table: Table | None = None,
 ) -> Choice:
     """Ranks the variants for N tokens, V columns and D features by predicted time, with predicted error and memory.
 
@@ -417,7 +429,9 @@ def choose(
         tolerance: most relative error of dE and dC, Euclidean norms; None: no less exact than `baseline`, PyTorch's own
             loss in this dtype, in loss, dE and dC, on every kind of softmax.
         memory_mb: most MiB beyond the inputs, gradients included; None: no limit.
-        calibrate: time the logits product here (a fraction of a second) and scale the table's times by it.
+        tflops: speed of the logits product by dtype ("bfloat16", ...), 10^12 operations a second, by which the table's
+            times are scaled; None: timed here, which takes a fraction of a second.
+        table: of measurements; None: the committed one.
 
     Returns a `Choice`: `.best` has `impl` and `workspace_mb` to pass on, every candidate says why it wins or loses.
     `cce_precision.analysis.choose.measured` does the same from measurements on given data.
@@ -432,25 +446,21 @@ def choose(
         raise ValueError(f"memory_mb must be None or a number > 0, got {memory_mb!r}")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     backend = "triton" if place.type == "cuda" else "eager"
-    costs = TABLE.of(backend, dtype)
-    measured_on = TABLE.devices[backend]["device"]
-    speeds = {name: TABLE.tflops(backend, name) for name in {cost.product_dtype for cost in costs}}
-    basis = f"predicted from measurements on {measured_on}"
-    if calibrate:
-        here = {name: product_tflops(n, v, d, getattr(torch, name), place) for name in speeds}
-        basis += ", scaled by the logits product here: " + ", ".join(
-            f"{here[name]:.3g} Tflop/s in {name} (there {speeds[name]:.3g})" for name in sorted(here)
-        )
-    else:
-        here = speeds
-    plain = next((cost for cost in costs if cost.impl == BASELINE), None)
-    limits = {} if plain is None else TABLE.errors(plain, get(BASELINE), v)
+    table = TABLE if table is None else table
+    costs = table.of(backend, dtype)
+    speeds = {name: table.tflops(backend, name) for name in {cost.product_dtype for cost in costs}}
+    here = {name: product_tflops(n, v, d, getattr(torch, name), place) for name in speeds} if tflops is None else tflops
+    basis = (
+        f"predicted from measurements on {table.devices[backend]['device']}, scaled by the logits product here: "
+        + ", ".join(f"{here[name]:.3g} Tflop/s in {name} (there {speeds[name]:.3g})" for name in sorted(speeds))
+    )
+    limits = table.limits(backend, dtype, v)
     gradients = (n + v) * d * dtype.itemsize / MIB
     candidates = []
     for cost in costs:
         if cost.one_pass and dtype is not torch.bfloat16:
             continue
-        errors, failure = judged(TABLE.errors(cost, get(cost.impl), v), limits, tolerance)
+        errors, failure = judged(table.errors(cost, get(cost.impl), v), limits, tolerance)
         memory = gradients + cost.scratch_mib(n, v, d)
         if not failure and memory_mb is not None and memory > memory_mb:
             failure = f"needs {memory:,.0f} MiB"

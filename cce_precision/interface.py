@@ -243,8 +243,8 @@ def _automatic(
             "agree, and their shares may differ in size"
         )
     (v, d), dtype = c.shape, torch.promote_types(e.dtype, c.dtype)
-    place = choosing.backend_of(e.device, e.dtype, c.dtype, backend)
-    found = choosing.resolve(e.numel() // d, v, d, dtype, place, options)
+    where = choosing.backend_of(e.device, e.dtype, c.dtype, backend)
+    found = choosing.resolve(e.numel() // d, v, d, dtype, where, options)
     return get(found.impl), found.workspace_mb
 
 
