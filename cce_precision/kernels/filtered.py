@@ -136,7 +136,7 @@ def sparse(
         if total_e is not None:
             tail.add_to_rows(total_e)
     elif need_c or need_bias:
-        finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, weighted_e, where=0)
+        finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, weighted_e)
     if total_e is not None:
         add_rows(problem, entries, total_e)
     if tail is not None or buffers.hits < problem.n * -(-v // BLOCK):
@@ -160,27 +160,28 @@ def by_runs(
 ) -> None:
     """What goes by runs of columns: the tail's part of dC, and where entries.dense is 1 everything that is kept."""
     v, width = problem.v, buffers.sums.shape[0]
-    unlabelled = dataclasses.replace(terms, label=torch.zeros_like(terms.label))  # the labels are added at the end
-    columns = d_c is not None or d_bias is not None
+    # Beside a tail the labels are added at the end.
+    own = terms if tail is None else dataclasses.replace(terms, label=torch.zeros_like(terms.label))
     for start in range(0, v, width):
         stop = min(start + width, v)
         c, bias = (None if x is None else x[start:stop] for x in (problem.c, problem.bias))
         high, *rest = (part[:, : stop - start] for part in buffers.dz)
         low = rest[0] if rest else None
-        sums, bias_sums = buffers.sums[: stop - start], None
-        if tail is not None and columns:
-            bias_sums = tail.columns(start, c, bias, sums if d_c is not None else None, d_bias is not None)
-        dense = entries.dense
-        more = write_filtered(problem, e, c, bias, start, unlabelled, kept, high, low, d_bias is not None, dense)
-        if total_e is not None:
-            multiply_where(total_e, high, low, c, False, True, dense)
-        if d_c is not None:
-            multiply_where(sums, high, low, e, True, tail is not None, dense)
-        if columns:
-            always = 1 if tail is None else 2
-            finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift, (start, stop), sums, always)
+        sums, bias_sums = None, None
+        if tail is not None:
+            sums = buffers.sums[: stop - start] if d_c is not None else None
+            bias_sums = tail.columns(start, c, bias, sums, d_bias is not None)
+        active = entries.dense
+        more = write_filtered(problem, e, c, bias, start, own, kept, high, low, d_bias is not None, active)
+        multiply_where(problem, e, c, start, terms, segments, high, low, total_e, d_c, sums, shift, active)
+        if tail is not None and (d_c is not None or d_bias is not None):
+            finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift, (start, stop), sums, always=True)
         if d_bias is not None and more is not None:
-            d_bias[start:stop] += more.sum(0) if bias_sums is None else more.sum(0) + bias_sums
+            part = d_bias[start:stop]
+            if bias_sums is None:
+                part.copy_(torch.where(active != 0, more.sum(0), part))
+            else:
+                part += more.sum(0) + bias_sums
 
 
 def dense(

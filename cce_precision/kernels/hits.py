@@ -2,10 +2,10 @@
 
 The forward pass sees every logit. It compares each with the filter's threshold times a lower bound of its row's
 exp(lse): the larger of the target's logit, the log-sum-exp of the first columns (which tokenizers give to frequent
-tokens), and that of the columns that the program itself has walked before. That can only keep too much, and it is the
-same whatever else runs, so results are bitwise repeatable. One bit a block is left, the target's entry counted as any
-other; the definition alone, with the final lse, decides later (sparse.py). Where no record was left, the same walk with
-the final lse makes it.
+tokens), and that of the columns that the program itself has walked. That can only keep too much, and it is the same
+whatever else runs, so results are bitwise repeatable. One bit a block is left, and one for the target's block; the
+definition alone, with the final lse, decides later (sparse.py). Where no record was left, the same walk with the final
+lse makes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .elements import seed_words
 from .heads import combine_kernel, operand, splits_of
 from .heads import forward as forward_heads
 from .launch import config_for, descriptor_fits, precision_of
-from .primitives import cap, grouped, hash32, load_tile, multiply_add, online_softmax_update, wide
+from .primitives import INTERPRETED, cap, grouped, load_tile, mix32, multiply_add, online_softmax_update, wide
 from .record import first_bounds_kernel
 
 __all__ = ["BLOCK", "forward", "found_again", "kept_filter", "leaves_record", "record_shape", "words_of"]
@@ -68,6 +68,63 @@ def words_of(problem: Problem, record: Tensor) -> Tensor:
     """The record as (column tiles, N) int16: bit b of a word is the block b of that tile's columns."""
     tiles = _tiles(problem)
     return record.view(torch.int16).reshape(-1)[: tiles * problem.n].view(tiles, problem.n)
+
+
+@triton.jit
+def block_bits(z, lowest, scale, M: tl.constexpr, N: tl.constexpr):
+    """(M,) int32: bit b is whether some scale z (M, N) of the block b of columns reaches `lowest` (M,). NaN does."""
+    top = tl.max(tl.reshape(z, (M, N // 16, 16)), 2) * scale
+    found = ~(top < lowest[:, None]) & (top > float("-inf"))
+    return tl.sum(found.to(tl.int32) << tl.arange(0, N // 16)[None, :], 1)
+
+
+@triton.jit
+def chances(z, scale, by_row, by_column):
+    """scale z - log2(u) for the uniform draws u of the words mix32(by_row ^ by_column), to within `SLACK`.
+
+    One block of instructions an entry, or the compiler holds the words of a whole tile in registers.
+    """
+    if INTERPRETED:
+        word = mix32(by_row ^ by_column)
+        return z * scale - tl.log2((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .u32 word, high;
+            .reg .f32 u;
+            xor.b32 word, $2, $3;
+            shr.u32 high, word, 16;
+            xor.b32 word, word, high;
+            mul.lo.u32 word, word, 0x7FEB352D;
+            shr.u32 high, word, 15;
+            xor.b32 word, word, high;
+            mul.lo.u32 word, word, 0x846CA68B;
+            shr.u32 high, word, 16;
+            xor.b32 word, word, high;
+            cvt.rn.f32.u32 u, word;
+            fma.rn.f32 u, u, 0f2F800000, 0f2F000000;
+            lg2.approx.f32 u, u;
+            sub.f32 $0, $1, u;
+            }""",
+            "=f,f,r,r",
+            [z * scale, by_row, by_column],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def drawn_bits(z, lowest, by_row, first, scale, M: tl.constexpr, N: tl.constexpr):
+    """The same for a threshold times the draws of columns first to first + N; by halves, for the sake of registers."""
+    if N > 64:
+        left, right = tl.split(tl.permute(tl.reshape(z, (M, 2, N // 2)), (0, 2, 1)))
+        bits = drawn_bits(left, lowest, by_row, first, scale, M, N // 2)
+        return bits | (drawn_bits(right, lowest, by_row, first + N // 2, scale, M, N // 2) << (N // 32))
+    else:
+        by_column = mix32((first + tl.arange(0, N)).to(tl.uint32) + 0x9E3779B9)
+        chance = chances(z, scale, by_row[:, None], by_column[None, :])
+        return block_bits(chance, lowest, 1.0, M, N)
 
 
 @triton.jit
@@ -119,28 +176,24 @@ def hits_kernel(
         z, _ = cap(acc, softcap, FLAGS[1])
         if tile * N + N > v:
             z = tl.where((columns < v)[None, :], z, float("-inf"))
+        local = target - tile * N
+        hit = (local >= 0) & (local < N)
         lowest = known + log_eps
         if FLAGS[2]:
-            lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
-        if FLAGS[3]:
-            low, high = seed_words(seed)
-            word = hash32(low, high, rows.to(tl.uint32)[:, None], (first_id + columns).to(tl.uint32)[None, :])
-            u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-            above = ~(tl.exp2(z * scale - lowest[:, None]) < u) & (z > float("-inf"))
-            found = tl.max(tl.reshape(above.to(tl.int32), (M, N // 16, 16)), 2)
-        else:
-            top = tl.max(tl.reshape(z, (M, N // 16, 16)), 2)
-            found = (~(top * scale < lowest[:, None]) & (top > float("-inf"))).to(tl.int32)
-        bits = tl.sum(found << tl.arange(0, N // 16)[None, :], 1)
-        tl.store(record + wide(n) * tile + rows, tl.where(target >= 0, bits, 0).to(tl.int16), mask=inside)
-        if FLAGS[2]:
-            local = target - tile * N
-            hit = (local >= 0) & (local < N)
             if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
                 own = columns[None, :] == target[:, None]
                 tl.store(target_logit + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=hit)
                 z = tl.where(own, float("-inf"), z)
             m, s, _ = online_softmax_update(m, s, s, z, scale, False)
+            lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
+        if FLAGS[3]:
+            low, high = seed_words(seed)
+            by_row = mix32(mix32(rows.to(tl.uint32) + low) ^ high)  # as hash32
+            bits = drawn_bits(z, lowest, by_row, first_id + tile * N, scale, M, N)
+        else:
+            bits = block_bits(z, lowest, scale, M, N)
+        bits |= tl.where(hit, 1 << (tl.where(hit, local, 0) // 16), 0)
+        tl.store(record + wide(n) * tile + rows, tl.where(target >= 0, bits, 0).to(tl.int16), mask=inside)
     if FLAGS[2]:
         out = partial + wide(n) * split + rows
         tl.store(out, m, mask=inside)

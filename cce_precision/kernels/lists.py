@@ -96,14 +96,12 @@ def tokens_kernel(
         place = tl.load(starts + block)
         first_unit, last_unit = tl.load(units + block), tl.load(units + block + 1)
         unit = first_unit[:, None] + tl.arange(0, UNITS)[None, :]
-        shown = tl.broadcast_to(block[:, None], (BITS, UNITS))
-        tl.store(unit_block + unit, shown, mask=unit < last_unit[:, None])
+        tl.store(unit_block + unit, tl.broadcast_to(block[:, None], (BITS, UNITS)), mask=unit < last_unit[:, None])
         for first in range(0, n, ROWS):
             rows = first + tl.arange(0, ROWS)
             bits = spread(tl.load(words + wide(n) * tile + rows, mask=rows < n, other=0), BITS)
             rank = tl.cumsum(bits, 0)
-            shown = tl.broadcast_to(rows[:, None], (ROWS, BITS))
-            tl.store(tokens + place[None, :] + rank - 1, shown, mask=bits != 0)
+            tl.store(tokens + place[None, :] + rank - 1, tl.broadcast_to(rows[:, None], (ROWS, BITS)), mask=bits != 0)
             place += tl.sum(bits, 0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .elements import DTYPES, ElementFilter, dz_entries
+from .fallback import add_parts
 from .hits import BLOCK
 from .launch import multiprocessors, precision_of
 from .lists import BATCH, Lists
@@ -162,7 +163,7 @@ def entries_of(
     cuda = e.device.type == "cuda"
     blocks = lists.starts.numel() - 1
     counts = torch.zeros(n, dtype=torch.int32, device=e.device)
-    depth = 64 if e.element_size() == 2 else 32
+    depth = 64 if e.element_size() == 2 else 16
     gather_kernel[(8 * multiprocessors(e.device),)](
         e,
         c,
@@ -258,18 +259,6 @@ def add_rows(problem: Problem, entries: Entries, total: Tensor) -> None:
 
 
 @triton.jit
-def add_pair(acc, left, right, DTYPE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left right with right (fp32) as a sum of PARTS numbers of left's dtype; as it is for fp32."""
-    part = round_to(right, DTYPE)
-    acc = multiply_add(left, part, acc, PRECISION)
-    for _ in tl.static_range(1, PARTS):
-        right -= part.to(tl.float32)
-        part = round_to(right, DTYPE)
-        acc = multiply_add(left, part, acc, PRECISION)
-    return acc
-
-
-@triton.jit
 def finish_blocks_kernel(
     out,  # (V, D) gradient
     bias_sums,  # (V,) fp32 column sums of dZ, or unused
@@ -291,14 +280,14 @@ def finish_blocks_kernel(
     M: tl.constexpr,
     WIDTH: tl.constexpr,
     FEATURES: tl.constexpr,
-    FLAGS: tl.constexpr,  # (gradient, bias sums, base, shift, weight, only where `dense` is: 0 or 1, or 2: always)
+    FLAGS: tl.constexpr,  # (gradient, bias sums, base, shift, weight, also where `dense` is 1)
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     v, d = shape
     is_dense = tl.load(dense)
-    if (FLAGS[5] == 2) | (is_dense == FLAGS[5]):
+    if FLAGS[5] | (is_dense == 0):
         block = first + tl.program_id(0)
         features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         columns = block * WIDTH + tl.arange(0, WIDTH)
@@ -316,7 +305,7 @@ def finish_blocks_kernel(
             if FLAGS[0]:
                 at = token[:, None].to(tl.int64) * d + features[None, :]
                 rows = tl.load(e + at, mask=(slot < end)[:, None] & (features < d)[None, :], other=0)
-                acc = add_pair(acc, rows.T, x, DTYPE, 2 if PARTS > 1 else 1, PRECISION)
+                acc = add_parts(acc, rows.T, x, False, DTYPE, 2 if PARTS > 1 else 1, PRECISION)
             if FLAGS[1]:
                 sums += tl.sum(x, 0)
         begin = tl.load(target_starts + tl.minimum(block * WIDTH, v))
@@ -329,7 +318,7 @@ def finish_blocks_kernel(
             if FLAGS[0]:
                 at = token[:, None] * d + features[None, :]
                 rows = tl.load(e + at, mask=(place < end)[:, None] & (features < d)[None, :], other=0)
-                acc = add_pair(acc, rows.T, x, DTYPE, PARTS, PRECISION)
+                acc = add_parts(acc, rows.T, x, False, DTYPE, PARTS, PRECISION)
             if FLAGS[1]:
                 sums += tl.sum(x, 0)
         if FLAGS[0]:
@@ -359,14 +348,14 @@ def finish_blocks(
     shift: Tensor | None,  # (D,) fp32
     run: tuple[int, int] | None = None,  # first column, a multiple of 16, and one past the last; all by default
     base: Tensor | None = None,  # (W, D) fp32 sums of the run
-    where: int = 2,  # only where entries.dense is 0, or is 1; 2: in any case
+    always: bool = False,  # also where entries.dense is 1, then without entries
 ) -> None:
     """Rows of dC: kept entries, the target's terms and `base`, minus weight x shift, scaled and rounded once; and the
     column sums of the entries and the targets' terms.
     """
     v, d, weight = problem.v, problem.d, problem.column_weight
     start, stop = (0, v) if run is None else run
-    features = min(128, max(16, triton.next_power_of_2(d)))
+    features = min(256, max(16, triton.next_power_of_2(d)))
     finish_blocks_kernel[(triton.cdiv(stop - start, BLOCK), triton.cdiv(d, features) if d_c is not None else 1)](
         terms.terms if d_c is None else d_c,
         terms.terms if bias_sums is None else bias_sums,
@@ -385,7 +374,7 @@ def finish_blocks(
         terms.scale,
         start // BLOCK,
         (v, d),
-        M=BATCH,
+        M=32,
         WIDTH=BLOCK,
         FEATURES=features,
         FLAGS=(
@@ -394,7 +383,7 @@ def finish_blocks(
             base is not None,
             shift is not None,
             weight is not None,
-            where,
+            always,
         ),
         PARTS=3 if e.dtype is not torch.float32 else 1,
         DTYPE=DTYPES[e.dtype],

@@ -1,0 +1,276 @@
+"""The kernels of the element filters compile for sm_80, sm_90 and sm_100 without a GPU, within registers, unspilled."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+
+import triton.language as tl
+
+from cce_precision.kernels import elements, fallback, hits, launch, lists, sparse
+from tests.test_kernels_compile import (
+    CAPABILITY,
+    FP32,
+    I32,
+    I64,
+    PAIR,
+    Constant,
+    check,
+    matrix,
+    needs_cuobjdump,
+)
+
+pytestmark = needs_cuobjdump
+
+I16 = "*i16"
+KINDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+ARCHITECTURES = sorted(CAPABILITY)
+
+
+def tiled(config: launch.Config, arch: str, dtype: str) -> dict[str, Any]:
+    """The arguments that the kernels over all logits share."""
+    tma = arch != "sm_80"
+    return {
+        "e": matrix(dtype, tma, config.m, config.k),
+        "c": matrix(dtype, tma, config.n, config.k),
+        "bias": f"*{dtype}",
+        "targets": I64,
+        "seed": I64,
+        "stride_e": PAIR,
+        "stride_c": PAIR,
+        "M": Constant(config.m),
+        "N": Constant(config.n),
+        "K": Constant(config.k),
+        "GROUP": Constant(config.group),
+        "FLATTEN": Constant(config.flatten),
+        "TMA": Constant(tma),
+        "PRECISION": Constant("ieee"),
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("forward", [False, True])
+def test_hits(arch: str, forward: bool, drawn: bool) -> None:
+    config = launch._CONFIGS["forward"][arch][2]
+    own = {
+        "bounds": FP32,
+        "partial": FP32,
+        "target_logit": FP32,
+        "record": I16,
+        "shape": ("i32",) * 4,
+        "splits": "i32",
+        "tiles_a_split": "i32",
+        "scalars": ("fp32",) * 3,
+        "FLAGS": Constant((False, False, forward, drawn)),
+    }
+    check(tiled(config, arch, "bf16") | own, hits.hits_kernel, arch, num_warps=config.warps, num_stages=config.stages)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC, elements.ROWS])
+def test_dense_way(arch: str, kind: int) -> None:
+    config = launch._CONFIGS["dz"][arch][2]
+    tma = arch != "sm_80"
+    own = {
+        "rows_terms": FP32,
+        "label": FP32,
+        "high": matrix("bf16", tma, config.m, config.n),
+        "low": matrix("bf16", tma, config.m, config.n),
+        "column_sums": FP32,
+        "factor": FP32,
+        "active": I32,
+        "shape": ("i32",) * 5,
+        "stride_dz": PAIR,
+        "scalars": ("fp32",) * 3,
+        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, True, kind, kind == elements.ROWS)),
+        "DTYPE": Constant(tl.bfloat16),
+    }
+    check(
+        tiled(config, arch, "bf16") | own,
+        elements.filtered_kernel,
+        arch,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_products_of_the_dense_way(arch: str) -> None:
+    config = fallback.config_of("bf16", arch)
+    arguments = {
+        "total_e": FP32,
+        "out_c": "*bf16",
+        "high": "*bf16",
+        "low": "*bf16",
+        "e": "*bf16",
+        "c": "*bf16",
+        "targets": I64,
+        "label": FP32,
+        "by_target": I64,
+        "target_starts": I32,
+        "weight": FP32,
+        "shift": FP32,
+        "scale": FP32,
+        "active": I32,
+        "shape": ("i32",) * 5,
+        "stride_dz": PAIR,
+        "stride_c": PAIR,
+        "M": Constant(config.m),
+        "N": Constant(config.n),
+        "K": Constant(config.k),
+        "GROUP": Constant(config.group),
+        "FLAGS": Constant((True, True, True, False, False, False)),
+        "PRECISION": Constant("ieee"),
+        "DTYPE": Constant(tl.bfloat16),
+        "PARTS": Constant(3),
+    }
+    check(arguments, fallback.products_kernel, arch, num_warps=config.warps, num_stages=config.stages)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
+    arguments = {
+        "e": f"*{dtype}",
+        "c": f"*{dtype}",
+        "bias": f"*{dtype}",
+        "targets": I64,
+        "rows_terms": FP32,
+        "tokens": I32,
+        "starts": I32,
+        "units": I32,
+        "unit_block": I32,
+        "values": FP32,
+        "row_counts": I32,
+        "seed": I64,
+        "blocks": "i32",
+        "shape": ("i32",) * 4,
+        "stride_c": PAIR,
+        "scalars": ("fp32",) * 3,
+        "M": Constant(lists.BATCH),
+        "WIDTH": Constant(hits.BLOCK),
+        "K": Constant(64 if dtype == "bf16" else 16),
+        "FLAGS": Constant((False, False, False, kind)),
+        "PRECISION": Constant("ieee"),
+    }
+    check(arguments, sparse.gather_kernel, arch, num_warps=4, num_stages=4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_sparse_products(arch: str, dtype: str) -> None:
+    rows = {
+        "total": FP32,
+        "c": f"*{dtype}",
+        "starts": I32,
+        "columns": I32,
+        "weights": FP32,
+        "dense": I32,
+        "d": "i32",
+        "stride_c": PAIR,
+        "ENTRIES": Constant(8),
+        "FEATURES": Constant(512),
+    }
+    check(rows, sparse.add_rows_kernel, arch, num_warps=4, num_stages=3)
+    blocks = {
+        "out": f"*{dtype}",
+        "bias_sums": FP32,
+        "base": FP32,
+        "e": f"*{dtype}",
+        "targets": I64,
+        "label": FP32,
+        "by_target": I64,
+        "target_starts": I32,
+        "values": FP32,
+        "tokens": I32,
+        "starts": I32,
+        "dense": I32,
+        "weight": FP32,
+        "shift": FP32,
+        "scale": FP32,
+        "first": "i32",
+        "shape": PAIR,
+        "M": Constant(32),
+        "WIDTH": Constant(hits.BLOCK),
+        "FEATURES": Constant(256),
+        "FLAGS": Constant((True, False, False, False, False, False)),
+        "PARTS": Constant(1 if dtype == "fp32" else 3),
+        "DTYPE": Constant(KINDS[dtype]),
+        "PRECISION": Constant("ieee"),
+    }
+    check(blocks, sparse.finish_blocks_kernel, arch, num_warps=4, num_stages=3)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lists(arch: str) -> None:
+    count = {
+        "words": I16,
+        "lse": FP32,
+        "column_counts": I32,
+        "row_counts": I32,
+        "n": "i32",
+        "v": "i32",
+        "ROWS": Constant(512),
+        "BITS": Constant(16),
+        "WIDTH": Constant(16),
+    }
+    check(count, lists.count_kernel, arch, num_warps=4)
+    tokens = {
+        "words": I16,
+        "starts": I32,
+        "units": I32,
+        "tokens": I32,
+        "unit_block": I32,
+        "fits": I32,
+        "n": "i32",
+        "ROWS": Constant(256),
+        "BITS": Constant(16),
+        "UNITS": Constant(128),
+    }
+    check(tokens, lists.tokens_kernel, arch, num_warps=4)
+    blocks = {
+        "words": I16,
+        "row_starts": I32,
+        "blocks": I32,
+        "fits": I32,
+        "n": "i32",
+        "tiles": "i32",
+        "ROWS": Constant(16),
+        "TILES": Constant(32),
+        "BITS": Constant(16),
+    }
+    check(blocks, lists.blocks_kernel, arch, num_warps=4)
+    rows = {
+        "values": FP32,
+        "tokens": I32,
+        "starts": I32,
+        "blocks": I32,
+        "row_starts": I32,
+        "entry_starts": I32,
+        "columns": I32,
+        "weights": FP32,
+        "fits": I32,
+        "steps": "i32",
+        "HITS": Constant(32),
+        "WIDTH": Constant(16),
+    }
+    check(rows, sparse.rows_kernel, arch, num_warps=1)
+    members = {
+        "seed": I64,
+        "out": I64,
+        "groups": "i32",
+        "share": "i32",
+        "count": "i32",
+        "first": "i32",
+        "STREAM": Constant(1),
+        "BLOCK": Constant(256),
+    }
+    check(members, elements.members_kernel, arch, num_warps=4)
