@@ -199,7 +199,8 @@ def _on_one_mesh(e: Any, c: Any, targets: Tensor, bias: Any, class_weight: Tenso
     kept = tuple(Replicate() if dim in rows else p for dim, p in enumerate(e.placements))
     own = e.redistribute(placements=kept).to_local()
     gradient = [Partial() if p.is_shard() else of_c for p, of_c in zip(kept, c.placements)]
-    local = lambda x: x.to_local(grad_placements=gradient)  # noqa: E731
+    # redistribute changes nothing but the gradient, which it brings from `gradient` to the placements of the argument.
+    local = lambda x: x.redistribute(placements=x.placements).to_local(grad_placements=gradient)  # noqa: E731
     tokens = None
     if any(p.is_shard() for p in kept):
         if targets.shape != e.shape[:-1]:

@@ -143,6 +143,8 @@ def _start(backend: str, rank: int, world: int, folder: str) -> None:
 
 def run(rank: int, folder: str, names: list[str]) -> None:
     """One of WORLD processes: runs the cases and stores what they return."""
+    from tests import parallel_placements  # noqa: F401  (its cases)
+
     torch.set_num_threads(1)
     _start("gloo", rank, WORLD, folder)
     pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
