@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from cce_precision import VocabParallelOptions
+from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, Machine
 from cce_precision.analysis.bounds_parallel import parallel_bound
 from cce_precision.analysis.fuzz import Verdict, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build, random_knobs
 from cce_precision.analysis.references import truth
 from cce_precision.autograd import choose_backend
+from cce_precision.parallel import common_seed
 from tests.strategies import EAGER, TILED
 
 WORLD = 4
@@ -109,6 +110,129 @@ def every_variant(place: Place) -> dict[tuple[str, int, int], dict[str, Tensor]]
                 share = cuts(call.knobs, 2)[place.rank_of_pair]
                 results[impl, i, 2] = outputs(shared(call, VocabParallelOptions(*share, place.pair)))
     return results
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+SMALL = Knobs(seed=12, n=20, v=33, d=6, e_dtype="fp32", pattern="exact", scale=3.0)
+
+
+def _call(place: Place, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """e, this process's rows of c, and what a call with them returns."""
+    call = build(SMALL)
+    share = VocabParallelOptions.from_vocab(call.problem.v)
+    e, c = call.e.detach().requires_grad_(), call.c[share.start : share.stop].detach().requires_grad_()
+    return e, c, linear_cross_entropy(e, c, call.targets, **{"vocab_parallel_options": share} | options)
+
+
+@case
+def shares_of_from_vocab(place: Place) -> tuple[list[int], list[int]]:
+    """For fewer and for more rows than processes."""
+    few, many = VocabParallelOptions.from_vocab(3), VocabParallelOptions.from_vocab(7, place.pair)
+    return [few.start, few.stop], [many.start, many.stop]
+
+
+@case
+def differentiated_again(place: Place) -> dict[str, Any]:
+    """Backward twice through one graph, and the gradient of a gradient."""
+    e, c, loss = _call(place)
+    loss.backward(retain_graph=True)
+    assert e.grad is not None and c.grad is not None
+    first = e.grad.clone(), c.grad.clone()
+    loss.backward()
+    twice = e.grad, c.grad
+    e, c, loss = _call(place)
+    (gradient,) = torch.autograd.grad(loss, e, create_graph=True)
+    try:
+        gradient.sum().backward()
+        second = "differentiated"
+    except NotImplementedError as error:
+        second = str(error)
+    return {"once": first, "twice": twice, "second": second}
+
+
+@case
+def largest_logit(place: Place) -> dict[str, Tensor]:
+    """Logits without a rounding, each twice or more: the lowest index wins, also across shares."""
+    call = build(SMALL)
+    c = torch.cat([call.c, call.c])[:40]
+    whole = linear_cross_entropy(call.e, c, call.targets, return_argmax=True).argmax  # type: ignore[union-attr]
+    share = VocabParallelOptions.from_vocab(40)
+    rows = c[share.start : share.stop]
+    own: Any = linear_cross_entropy(call.e, rows, call.targets, return_argmax=True, vocab_parallel_options=share)
+    return {"whole": whole, "shared": own.argmax}
+
+
+@case
+def parts_of_e_gradient(place: Place) -> dict[str, Tensor]:
+    """reduce_e_grad=False leaves this process's part."""
+    e, _, loss = _call(place)
+    loss.backward()
+    share = VocabParallelOptions.from_vocab(SMALL.v)
+    own, _, loss = _call(place, vocab_parallel_options=dataclasses.replace(share, reduce_e_grad=False))
+    loss.backward()
+    assert e.grad is not None and own.grad is not None
+    total = own.grad.clone()
+    distributed.all_reduce(total)
+    return {"whole": e.grad, "part": own.grad, "sum": total}
+
+
+@case
+def seed_of_the_first(place: Place) -> list[int]:
+    """The seed that a group draws: its first process's."""
+    drawn = torch.tensor(10 + place.rank)
+    return [int(common_seed(drawn, None)), int(common_seed(drawn, place.pair))]
+
+
+@case
+def refusals(place: Place) -> dict[str, str]:
+    """The messages of calls that cannot be; every process gets one, so that none waits for another."""
+    call, share = build(SMALL), VocabParallelOptions.from_vocab(SMALL.v)
+    row = call.c[share.start : share.start + 1]
+    gap = VocabParallelOptions(share.start + place.rank, share.start + place.rank + 1)
+    far = torch.full_like(call.targets, SMALL.v)
+    tries: dict[str, Callable[[], Any]] = {
+        "type": lambda: _call(place, vocab_parallel_options=(0, 3)),
+        "rows": lambda: linear_cross_entropy(call.e, call.c, call.targets, vocab_parallel_options=share),
+        "bias": lambda: _call(place, bias=torch.zeros(SMALL.v)),
+        "short class_weight": lambda: _call(place, class_weight=torch.ones(2)[: share.stop - 1]),
+        "long class_weight": lambda: _call(place, class_weight=torch.ones(SMALL.v + 1)),
+        "return_stats": lambda: _call(place, return_stats=True),
+        "auto": lambda: _call(place, impl="auto"),
+        "gap": lambda: linear_cross_entropy(call.e, row, call.targets, vocab_parallel_options=gap),
+        "targets": lambda: linear_cross_entropy(
+            call.e, call.c[share.start : share.stop], far, vocab_parallel_options=share
+        ),
+    }
+    messages = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except (TypeError, ValueError) as error:
+            messages[name] = str(error)
+    return messages
+
+
+def compiled(rank: int, folder: str) -> None:
+    """One of two processes: calls under torch.compile without a graph break, beside the same in eager mode."""
+    torch.set_num_threads(1)
+    _start("gloo", rank, 2, folder)
+    call = build(SMALL)
+    share = VocabParallelOptions.from_vocab(SMALL.v)
+    results = {}
+    for impl in ("cce_exact", "cce", "cce_unbiased", "baseline"):
+
+        def loss_of(e: Tensor, c: Tensor, targets: Tensor, impl: str = impl) -> Any:
+            return linear_cross_entropy(e, c, targets, impl=impl, vocab_parallel_options=share, seed=3)
+
+        results[impl] = []
+        for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+            e, c = call.e.detach().requires_grad_(), call.c[share.start : share.stop].detach().requires_grad_()
+            loss = function(e, c, call.targets)
+            loss.backward()
+            results[impl].append((loss.detach(), e.grad, c.grad))
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    distributed.destroy_process_group()
 
 
 def verdict_of(parts: list[dict[str, Tensor]], k: Knobs, machine: Machine = CPU) -> Verdict:

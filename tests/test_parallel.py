@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import INTERPRETER
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import build
 from cce_precision.analysis.references import truth
-from tests.parallel_cases import CASES, WORLD, judge_kernels, problems, run, run_kernels, verdict_of
+from tests.parallel_cases import CASES, WORLD, compiled, judge_kernels, problems, run, run_kernels, verdict_of
 from tests.parallel_placements import KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
 from tests.strategies import EAGER, TILED
 
@@ -81,6 +82,75 @@ def test_unknown_placements(ran: dict[str, list[Any]]) -> None:
         assert messages.keys() == expected.keys()
         for name, text in expected.items():
             assert text in messages[name], messages[name]
+
+
+def test_from_vocab(ran: dict[str, list[Any]]) -> None:
+    assert [few for few, _ in ran["shares_of_from_vocab"]] == [[0, 0], [0, 1], [1, 2], [2, 3]]
+    assert [many for _, many in ran["shares_of_from_vocab"]] == [[0, 3], [3, 7], [0, 3], [3, 7]]
+
+
+def test_differentiated_again(ran: dict[str, list[Any]]) -> None:
+    for results in ran["differentiated_again"]:
+        for once, twice in zip(results["once"], results["twice"]):
+            assert once.any() and torch.equal(twice, 2 * once)
+        assert "differentiable once" in results["second"]
+
+
+def test_largest_logit(ran: dict[str, list[Any]]) -> None:
+    for results in ran["largest_logit"]:
+        assert torch.equal(results["whole"], results["shared"])
+
+
+def test_parts_of_e_gradient(ran: dict[str, list[Any]]) -> None:
+    for results in ran["parts_of_e_gradient"]:
+        assert torch.equal(results["whole"], results["sum"])
+        assert results["part"].any() and not torch.equal(results["whole"], results["part"])
+
+
+def test_seed_of_the_first(ran: dict[str, list[Any]]) -> None:
+    assert ran["seed_of_the_first"] == [[10, 10], [10, 10], [10, 12], [10, 12]]
+
+
+def test_refusals(ran: dict[str, list[Any]]) -> None:
+    expected = {
+        "type": "vocab_parallel_options must be None or VocabParallelOptions, got (0, 3)",
+        "rows": "that vocab_parallel_options gives this process",
+        "bias": "bias must have shape that of this process's rows of c",
+        "short class_weight": "class_weight must have shape (V,), one weight for each row of the whole classifier",
+        "long class_weight": "class_weight must have shape (V,) = (33,), got (34,)",
+        "return_stats": "return_stats must be False where processes share the vocabulary",
+        "auto": "impl='auto' must be a variant's name where processes share the vocabulary",
+        "gap": "must hold each row of the vocabulary once",
+        "targets": "targets must lie in [0, V) = [0, 33)",
+    }
+    for messages in ran["refusals"]:
+        assert messages.keys() == expected.keys()
+        for name, text in expected.items():
+            assert text in messages[name], messages[name]
+
+
+def test_options_need_processes() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        VocabParallelOptions.from_vocab(100)
+    e, c = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        linear_cross_entropy(e, c, torch.zeros(2, dtype=torch.int64), vocab_parallel_options=VocabParallelOptions(0, 4))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 2)])
+def test_runs_are_not_negative(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match="start and stop"):
+        VocabParallelOptions(start, stop)
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path) -> None:
+    """Under torch.compile, in one graph, the same bits."""
+    multiprocessing.spawn(compiled, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        for impl, (eager, graph) in torch.load(tmp_path / f"{rank}.pt", weights_only=False).items():
+            for a, b in zip(eager, graph):
+                assert a.any() and torch.equal(a, b), impl
 
 
 @pytest.mark.interpreter
