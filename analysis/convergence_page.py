@@ -1,4 +1,7 @@
-"""The page of a comparison of training runs: what differs from the reference and what does not, then the curves."""
+"""The page of a comparison of training runs: what differs from the reference and what does not, then the curves.
+
+python -m cce_precision.analysis.convergence_page reports/convergence    # the page, and the README's marked block
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.resources
 import json
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +22,11 @@ from cce_precision.analysis.figures import MARKS, Figure, Mark, Panel, Series
 from cce_precision.analysis.report import data_uri
 from cce_precision.analysis.train_models import REFERENCES, Method
 
-__all__ = ["Line", "build", "lines", "markdown"]
+__all__ = ["Line", "build", "lines", "markdown", "update_readme"]
 
 WINDOWS = 24  # points of a smoothed training curve
 CONTROL = "fp32-perturbed"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Marks of methods beside the variants at their defaults; in the order of a page's methods.
 OTHERS = (
     Mark("#7a7a22", "triangle-up", "^"),
@@ -344,3 +349,18 @@ def markdown(out: Path) -> str:
         texts = row(line, drift(found))
         table.append("| " + " | ".join(f"`{texts[k]}`" if k == "method" else texts[k] for k in keys) + " |")
     return "\n".join([f"{described(runs)}.", "", *(f"- {s}" for s in sentences(found)), "", *table, ""])
+
+
+def update_readme(out: Path) -> None:
+    """Rewrites the marked block of `out`/README.md. Raises ValueError where the markers are missing."""
+    readme = out / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme}: the markers {BEGIN} and {END} are missing")
+    head, _, rest = text.partition(BEGIN)
+    readme.write_text(f"{head}{BEGIN}\n{markdown(out)}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update_readme(Path(sys.argv[1]))
+    print(build(Path(sys.argv[1])))

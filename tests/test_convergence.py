@@ -269,3 +269,18 @@ def test_the_command_says_what_is_wrong(options: list[str], said: str, tmp_path:
 
     done = CliRunner().invoke(app, ["train", "--out", str(tmp_path), *options])
     assert done.exit_code == 2 and said in done.output
+
+
+def test_the_readmes_block_is_rewritten_and_nothing_else(drawn: Path) -> None:
+    readme = drawn / "README.md"
+    with pytest.raises(FileNotFoundError):
+        convergence_page.update_readme(drawn)
+    readme.write_text(f"before\n{convergence_page.BEGIN}\nold\n{convergence_page.END}\nafter\n")
+    convergence_page.update_readme(drawn)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| `cce` |" in text and "old" not in text
+    convergence_page.update_readme(drawn)
+    assert readme.read_text() == text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        convergence_page.update_readme(drawn)
