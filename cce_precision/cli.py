@@ -400,3 +400,56 @@ def audit(
                 screen.print(f"{card.target}, {outcome.check}:\n\n{outcome.snippet}", markup=False, highlight=False)
     screen.print(str(audit_page.build(out)))
     raise typer.Exit(1 if any(card.count("fail") for card in cards) else 0)
+
+
+@app.command()
+def choose(
+    tolerance: float = typer.Option(
+        0.0, min=0.0, help="Largest relative error of dE and dC; 0: no less exact than PyTorch's own loss."
+    ),
+    data: str = typer.Option(
+        "", help="Measure on this head: FILE.safetensors or a case's name; without it and --vocab: captured."
+    ),
+    tokens: int = typer.Option(
+        0, min=0, help="Tokens of the step to predict for; of --data: only so many. 0: 8192; all."
+    ),
+    vocab: int = typer.Option(0, min=0, help="Vocabulary to predict for."),
+    dim: int = typer.Option(0, min=0, help="Width to predict for."),
+    dtype: str = typer.Option("auto", help="bf16, fp16, fp32; auto: as captured, bf16 for a prediction."),
+    memory_mb: float = typer.Option(0.0, min=0.0, help="Most MiB beyond the inputs, gradients included; 0: no limit."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    impl: str = typer.Option("all", help="Candidates to measure, by name, separated by commas."),
+    rows: int = typer.Option(256, min=1, help="Rows of each gradient to look at, more where they do not decide."),
+    seed: int = typer.Option(0, help="Seed of the sample, of synthetic cases and of variants that sample."),
+    as_json: bool = typer.Option(False, "--json", help="The choice as JSON."),
+) -> None:
+    """Which variant to take: by measurement on data, or by prediction for --tokens, --vocab and --dim; exit code 1 if
+    none meets the demands."""
+    from cce_precision import choosing
+    from cce_precision.analysis import choose as choices
+    from cce_precision.analysis import sampled
+
+    limits = {"tolerance": tolerance or None, "memory_mb": memory_mb or None}
+    with bad_option():
+        if bool(vocab) != bool(dim):
+            raise ValueError("--vocab and --dim go together")
+        if vocab and data:
+            raise ValueError("--data measures on a head; --vocab and --dim predict for a shape: give one of the two")
+        if vocab:
+            kind, place = sampled.dtype_of(dtype), sampled.device_of(device)
+            title = f"N={tokens or 8192}, V={vocab}, D={dim}, {dtype if kind else 'bf16'}, {place}"
+            found = choosing.choose(
+                tokens or 8192, vocab, dim, device=place, **limits, **({"dtype": kind} if kind else {})
+            )
+        else:
+            case = sampled.load(data or "captured", dtype, tokens or None, device, seed)
+            title = f"{case.name}: N={case.n}, V={case.v}, D={case.d}, {case.operand_dtype}, {case.e.device.type}"
+            with console().status("measuring") as status:
+                found = choices.measured(
+                    case, impls=choices.names(impl), rows=rows, seed=seed, say=status.update, **limits
+                )
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        console().print(choices.table(found, title))
+    raise typer.Exit(0 if found.best else 1)
