@@ -431,14 +431,23 @@ def impls(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def load(head: str, dtype: str = "auto", tokens: int | None = None, device: str = "auto", seed: int = 0) -> Case:
-    """A head in a safetensors file, or a case by name, on a device. Raises ValueError for what is not there."""
+def device_of(device: str) -> str:
+    """ "cpu" or "cuda"; "auto" is a GPU where there is one. Raises ValueError for what is not there."""
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be auto, cpu or cuda (where PyTorch sees one), got {device!r}")
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(dtype: str) -> torch.dtype | None:
+    """The dtype called bf16, fp16 or fp32; None for "auto". Raises ValueError for another name."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    kind = None if dtype == "auto" else DTYPES[dtype]
+    return DTYPES.get(dtype)
+
+
+def load(head: str, dtype: str = "auto", tokens: int | None = None, device: str = "auto", seed: int = 0) -> Case:
+    """A head in a safetensors file, or a case by name, on a device. Raises ValueError for what is not there."""
+    place, kind = device_of(device), dtype_of(dtype)
     if head.endswith(".safetensors"):
         if not FilePath(head).is_file():
             raise ValueError(f"there is no file {head!r}")
