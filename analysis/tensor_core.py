@@ -57,8 +57,8 @@ class TensorCore:
         return ", ".join([f"blocks of {self.block}", f"{self.fraction} bits", *changed])
 
 
-HOPPER = TensorCore(block=16, fraction=25)
-AMPERE = TensorCore(block=8, fraction=24)
+HOPPER = TensorCore(block=16, fraction=25, least=-133)  # wgmma and mma.sync alike: all that was recorded, to the bit
+AMPERE = TensorCore(block=8, fraction=24)  # as published; not recorded here
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -93,7 +93,9 @@ def dot(a: Tensor, b: Tensor, acc: Tensor, core: TensorCore, tf32: bool = False)
         a, b: (..., K) bf16 or fp16, or fp32 holding tf32 numbers (11 significant bits) with `tf32`; they broadcast.
         acc: (...) fp32.
 
-    Returns (...) fp32. Operands are finite; sums beyond fp32 are infinite. Bit for bit that of the recorded GPUs.
+    Returns (...) fp32. Operands are finite; sums beyond fp32 are infinite, one that is cut to nothing is +0. Error
+    guarantee: HOPPER gave each of 64.9 million outputs of an H200 (bf16, fp16, tf32; subnormals, cancellation and
+    overflow among them; data/tensor_core.npz) bit for bit.
     """
     info = torch.finfo(a.dtype)
     lowest = round(torch.log2(torch.tensor(info.smallest_normal, dtype=torch.float64)).item())

@@ -220,11 +220,15 @@ class Mismatch(NamedTuple):
 
 
 def replay(
-    recording: Recording, core: TensorCore = HOPPER, blocks: Sequence[int] = range(BLOCKS), whole: bool = False
+    recording: Recording,
+    core: TensorCore = HOPPER,
+    groups: Sequence[Group] = GROUPS,
+    blocks: Sequence[int] = range(BLOCKS),
+    whole: bool = False,
 ) -> Iterator[Mismatch]:
-    """Where `core` differs from a recording, in the blocks of these numbers; `whole`: in all outputs, which is slow."""
-    for g, group in enumerate(GROUPS):
-        tf32 = group.format == "tf32"
+    """Where `core` differs from a recording, in these groups and blocks; `whole`: in all outputs, which is slow."""
+    for group in groups:
+        g, tf32 = GROUPS.index(group), group.format == "tf32"
         choose, hashes = (all_outputs, recording.whole) if whole else (some_outputs, recording.some)
         for block in blocks:
             tiles = numbers_of(group, block)
