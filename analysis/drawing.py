@@ -43,7 +43,7 @@ def _extent(panel: Panel) -> tuple[float, float, float, float]:
         room = 0.04 * (high - low) or 0.5
         return low - room, high + room
 
-    x0, x1 = limits(xs, panel.log_x)
+    x0, x1 = (0.0, 1.0) if panel.stacked else limits(xs, panel.log_x)
     y0, y1 = (len(panel.categories) - 0.5, -0.5) if panel.categories else limits(ys, panel.log_y)
     return x0, x1, y0, y1
 
@@ -124,20 +124,21 @@ def _plotly_traces(panel: Panel, axes: dict[str, str], seen: set[str]) -> list[d
     traces: list[dict[str, Any]] = []
 
     def trace(name: str, **fields: Any) -> None:
-        traces.append(
-            {"type": "scatter", "name": name, "legendgroup": name, "showlegend": name not in seen, **axes, **fields}
-        )
+        look = {"type": "scatter", "name": name, "legendgroup": name, "showlegend": name not in seen}
+        traces.append(look | axes | fields)
         seen.add(name)
 
     for s in panel.series:
         look = mark(s.name)
+        values = {"x": list(s.x), "y": list(s.y), "hovertemplate": "%{fullData.name}<br>%{customdata}<extra></extra>"}
+        values["customdata"] = list(s.notes)
+        if panel.stacked:
+            trace(s.name, **values | {"type": "bar", "orientation": "h", "marker": {"color": look.colour}})
+            continue
         trace(
             s.name,
-            x=list(s.x),
-            y=list(s.y),
+            **values,
             mode="lines+markers",
-            text=list(s.notes),
-            hovertemplate="%{fullData.name}<br>%{text}<extra></extra>",
             line={"color": look.colour, "width": 2},
             marker={"color": look.colour, "symbol": look.plotly, "size": 8},
         )
@@ -200,6 +201,11 @@ def _domains(i: int, count: int) -> dict[str, dict[str, list[float]]]:
     return {"wide": across, "narrow": {"x": [0.0, 1.0], "y": [max(0.0, top - height), top]}}
 
 
+def _has_legend(figure: Figure) -> bool:
+    """Not where each series stands beside its own name."""
+    return figure.panels[0].stacked or not figure.panels[0].categories
+
+
 def plotly_figure(figure: Figure) -> dict[str, Any]:
     """`data` and two layouts, `wide` (panels side by side) and `narrow` (one below the other), for plotly.js."""
     data: list[dict[str, Any]] = []
@@ -214,7 +220,7 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
             layouts[where] |= axes
             layouts[where].setdefault("annotations", []).extend(_annotations(panel, suffix, domain))
             layouts[where].setdefault("shapes", []).extend(_guides(panel, suffix))
-    legend = len(seen) > 1 and not figure.panels[0].categories
+    legend = len(seen) > 1 and _has_legend(figure)
     rows = {"wide": -(-len(seen) // 6), "narrow": -(-len(seen) // 2)}
     right = {"wide": 110 if any(_labels(panel) for panel in figure.panels) else 16, "narrow": 8}
     for where, layout in layouts.items():
@@ -225,6 +231,7 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
             "font": {"color": INK, "size": 13, "family": "system-ui, sans-serif"},
             "hovermode": "closest",
             "showlegend": legend,
+            "barmode": "stack",
             "legend": LEGEND | {"font": {"size": 11 if where == "narrow" else 12}},
             "height": (420 if where == "wide" else 340 * count) + bottom,
             "margin": {"l": 56, "r": right[where], "t": 56, "b": bottom},
@@ -257,8 +264,9 @@ def draw(figure: Figure, *paths: Path) -> None:
         )
         for panel, ax in zip(figure.panels, axes[0], strict=True):
             _draw_panel(panel, ax)
-        handles = {h.get_label(): h for ax in axes[0] for h in ax.get_lines() if not h.get_label().startswith("_")}
-        if len(handles) > 1 and not figure.panels[0].categories:
+        found = [pair for ax in axes[0] for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+        handles = {label: handle for handle, label in found}
+        if len(handles) > 1 and _has_legend(figure):
             fig.legend(
                 list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=9
             )
@@ -275,7 +283,13 @@ def _draw_panel(panel: Panel, ax: Any) -> None:
     if not panel.categories:
         ax.set_yscale("log" if panel.log_y else "linear")
     position = {name: i for i, name in enumerate(panel.categories)}
-    for s in panel.series:
+    reached = [0.0] * len(panel.categories)
+    for s in panel.series if panel.stacked else ():
+        places = [position[str(y)] for y in s.y]
+        ax.barh(places, s.x, left=[reached[i] for i in places], height=0.7, color=mark(s.name).colour, label=s.name)
+        for i, x in zip(places, s.x, strict=True):
+            reached[i] += float(x)
+    for s in () if panel.stacked else panel.series:
         look = mark(s.name)
         ys = [position[y] if isinstance(y, str) else y for y in s.y]
         ax.plot(s.x, ys, color=look.colour, marker=look.matplotlib, markersize=5, linewidth=1.6, label=s.name)

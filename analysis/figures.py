@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from cce_precision.analysis.sweep import DTYPES
+from cce_precision.analysis.budget_stages import STAGES, Stage
+from cce_precision.analysis.sweep import DTYPES, nearest
 from cce_precision.numerics import auto_eps
 from cce_precision.variants import ALL
 
@@ -51,6 +52,15 @@ MARKS = {
     "trained": Mark("#0072b2", "diamond", "D"),
     FLOOR: Mark("#57606a"),
 }
+STAGE_MARKS = {
+    Stage.LOGITS: "#0072b2", Stage.SOFTMAX: "#882255", Stage.FILTER: "#009e73", Stage.DZ: "#b97a00",
+    Stage.PRODUCT: "#332288", Stage.SUM: "#d1410c", Stage.OUTPUT: "#8a929b",
+}  # fmt: skip
+ULPS = {"to 0.5 ulp": 0.5, "to 1": 1.0, "to 2": 2.0, "to 4": 4.0, "to 16": 16.0, "to 256": 256.0, "more": math.inf}
+MARKS |= {stage.value: Mark(colour) for stage, colour in STAGE_MARKS.items()}
+MARKS |= dict(
+    zip(ULPS, map(Mark, ("#0a4f8a", "#2a8fc9", "#2f8072", "#7a7a22", "#b97a00", "#d1410c", "#7f1d1d")), strict=True)
+)
 _SPARE = ("#117733", "#882255", "#2f8072", "#7a7a22", "#332288", "#aa4499")
 
 
@@ -115,6 +125,7 @@ class Panel:
     guides: tuple[tuple[float, str], ...] = ()  # horizontal guides: (y, label)
     categories: tuple[str, ...] = ()  # names on the y axis, from top to bottom
     named: bool = False  # whether curves are named at their right ends, as levels always are
+    stacked: bool = False  # whether each series is one segment of the bars of all categories
 
 
 @dataclass(frozen=True)
@@ -324,9 +335,97 @@ def dropped(rows: pd.DataFrame, view: View) -> Figure:
     )
 
 
+def _by_metric(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """A row a variant, a column a metric, at the thresholds nearest the default."""
+    chosen = at_default(rows)
+    return chosen[chosen["quantity"] == quantity].pivot_table(index="variant", columns="metric", values="value")
+
+
+def _segments(wide: pd.DataFrame, columns: dict[str, list[str]], total: str) -> tuple[tuple[str, ...], list[Series]]:
+    """Bars, one a variant and named with its `total`: segments by name, each the sum of some metrics."""
+    known = wide[wide[total].notna()] if total in wide else wide[:0]
+    names = {v: f"{v}  {known.loc[v, total]:.1e}" for v in _order(known.index)}
+    series = []
+    for name, parts in columns.items():
+        there = [part for part in parts if part in known]
+        values = [max(0.0, float(known.loc[v, there].fillna(0).sum())) for v in names]
+        if any(values):
+            notes = tuple(f"{v}: {100 * x:.1f} %" for v, x in zip(names, values, strict=True))
+            series.append(Series(name, tuple(values), tuple(names.values()), notes))
+    return tuple(names.values()), series
+
+
+def error_budget(rows: pd.DataFrame, view: View) -> Figure:
+    panels = []
+    for quantity in ("dE", "dC"):
+        columns = {stage.value: [f"budget_share:{stage.value}"] for stage in STAGES}
+        names, series = _segments(_by_metric(rows, quantity), columns, "budget_relative")
+        title = f"error of {quantity} by stage"
+        look = {"log_x": False, "log_y": False, "categories": names, "stacked": True}
+        panels.append(Panel(title, "share of the error", "", tuple(series), **look))  # type: ignore[arg-type]
+    return Figure(
+        "budget",
+        "Where the error comes from",
+        "The stages of the computation that round, drop or sample are switched on one after the other, the rest being "
+        "exact: a segment is what one stage adds, as its projection on the whole error, so a bar is 100 %. Beside the "
+        "name: the normwise relative error of the whole.",
+        tuple(panels),
+    )
+
+
+def errors_and_bounds(rows: pd.DataFrame, view: View) -> Figure:
+    panels = []
+    for quantity in ("dE", "dC"):
+        wide = _by_metric(rows, quantity)
+        known = wide.dropna(subset=["budget_bound"]) if "budget_bound" in wide else wide[:0]
+        order, ends = _order(known.index), ("budget_relative", "budget_bound")
+        series = tuple(
+            Series(
+                v,
+                tuple(float(known.loc[v, end]) for end in ends),
+                (v, v),
+                tuple(f"{end.removeprefix('budget_')}: {known.loc[v, end]:.2g}" for end in ends),
+            )
+            for v in order
+        )
+        title = f"{quantity}: error and bound"
+        panels.append(Panel(title, "relative error (norm)", "", series, log_y=False, categories=tuple(order)))
+    return Figure(
+        "bounds",
+        "Error and its rigorous bound",
+        "Left end: the measured error. Right end: the norm of the elementwise bound, which no run of this call "
+        "exceeds in any element; it is evaluated without running the call.",
+        tuple(panels),
+    )
+
+
+def ulp_histogram(rows: pd.DataFrame, view: View) -> Figure:
+    panels = []
+    for quantity in ("dE", "dC"):
+        wide, columns, below = _by_metric(rows, quantity), {}, -1.0
+        for name, edge in ULPS.items():
+            parts = [m for m in wide if m.startswith("ulp_share:") and below < float(m.split(":")[1]) <= edge]
+            columns[name], below = parts, edge
+        names, series = _segments(wide, columns, "ulp_q50")
+        look = {"log_x": False, "log_y": False, "categories": names, "stacked": True}
+        title = f"elements of {quantity}"
+        panels.append(Panel(title, "share of the elements", "", tuple(series), **look))  # type: ignore[arg-type]
+    return Figure(
+        "ulps",
+        "Errors in units in the last place",
+        "How many elements are off by how much of the spacing of the result's numbers around the exact value; half a "
+        "unit is a perfect rounding. Beside the name: the median. Elements that are small because large terms cancel "
+        "fill the right end of every bar.",
+        tuple(panels),
+    )
+
+
 FIGURES: tuple[Callable[[pd.DataFrame, View], Figure], ...] = (
     error_against_threshold,
     row_quantiles,
+    error_budget,
+    errors_and_bounds,
+    ulp_histogram,
     error_against_kept,
     dropped,
 )
@@ -345,9 +444,8 @@ def at_default(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     parts = []
     for dtype, some in rows.groupby("dtype", sort=False):
-        default = auto_eps(DTYPES[str(dtype)])
-        nearest = min(eps, key=lambda e: (abs(math.log2(e / default)), e))
-        parts.append(some[some["eps"].isna() | (some["eps"] == nearest)])
+        chosen = nearest(eps, auto_eps(DTYPES[str(dtype)]))
+        parts.append(some[some["eps"].isna() | (some["eps"] == chosen)])
     return pd.concat(parts)
 
 

@@ -7,6 +7,7 @@ Errors are taken in fp64. A NaN where the truth is NaN is no error, a NaN for a 
 infinities. A vector counts as rows of one element. The metrics of `rows`:
 
     rel            |out - exact| / |exact|, Euclidean norms of the whole
+    growth         the factor by which rel may differ from that of another run without a change of the numerics
     floor          the same for the exact value rounded once to the dtype of `out`: nothing stored in it does better
     certificate    |radius| / |exact|: an error below it says nothing (with `radius`)
     bits           -log2(rel), in [0, p] for p significant bits
@@ -263,6 +264,18 @@ class Grades:
         error, finite = (self.error, self.finite) if mask is None else (self.error[mask], self.finite[mask])
         return _ratio(float(error.norm()), float(finite.norm()))
 
+    def growth(self) -> float:
+        """1 + 4 standard errors of the ratio of two runs' `rel`, the errors of rows being independent draws.
+
+        The variance of a sum S of squares s_i is at most sum s_i^2; rel goes with the root of S, and two runs differ
+        by sqrt 2 as much. Another machine's order of sums, or another seed, moves rel by less.
+        """
+        squares = _row_norms(self.error).square()
+        total = float(squares.sum())
+        if not 0 < total < math.inf:
+            return 1.0
+        return 1 + 4 * math.sqrt(2) / 2 * float(squares.norm()) / total
+
     def bias(self, tile: int = TILE) -> tuple[float, float]:
         exact = self.exact.double()
         size = float(exact.abs().sum())
@@ -330,6 +343,7 @@ def _whole(grades: Grades) -> Iterator[tuple[str, float]]:
     out, exact, radius = grades.out, grades.exact, grades.radius
     rel = grades.relative()
     yield "rel", rel
+    yield "growth", grades.growth()
     yield "floor", floor_error(exact, grades.dtype)
     if radius is not None:
         yield "certificate", _ratio(float(radius.norm()), float(exact.norm()))

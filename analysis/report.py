@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,276 +26,49 @@ from rich.progress import (
 )
 
 from cce_precision.analysis import sweep
-from cce_precision.analysis.capture import STAGES
-from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.drawing import draw, plotly_figure
-from cce_precision.analysis.figures import (
-    Figure,
-    View,
-    at_default,
-    figures,
-    mark,
-    metric,
-    of_view,
-    power,
-    stage_figure,
+from cce_precision.analysis.figures import Figure, at_default, figures, metric, of_view, stage_figure
+from cce_precision.analysis.report_answers import (
+    ALIKE,
+    Option,
+    answers,
+    as_exact_as,
+    cheapest,
+    detail_rows,
+    filter_sentences,
+    main_view,
+    number,
+    option_row,
+    options,
+    percent,
+    sentences,
+    subject_lines,
+    views,
 )
+from cce_precision.analysis.report_compare import Change, changed, load, said
 from cce_precision.analysis.sweep import Cell, Engine, Failure, Sweep
 from cce_precision.numerics import Path as CodePath
 from cce_precision.variants import ALL
 
 __all__ = [
+    "ALIKE",
     "Option",
+    "as_exact_as",
     "build",
     "cheapest",
     "main_view",
+    "number",
     "options",
     "plan",
     "readme_block",
+    "load",
     "redraw",
     "run",
     "update_readme",
     "views",
 ]
 
-TOLERANCES = (1e-1, 3e-2, 1e-2, 5e-3, 3e-3, 2e-3)
-ALIKE = 1.2  # times that differ by less are the same
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to compute a step, with what it cost and how far it was off. Errors are normwise and relative."""
-
-    variant: str
-    eps: float | None
-    seconds: float
-    relative_time: float  # to the baseline of the same view; NaN without one
-    loss: float
-    dE: float
-    dC: float
-    dropped: float = math.nan
-    empty: float = math.nan
-    hits: float = math.nan
-    worst: float = math.nan  # of the rows of dE
-
-    @property
-    def error(self) -> float:
-        """The largest of the three errors; infinite where one is NaN."""
-        return max(math.inf if math.isnan(x) else x for x in (self.loss, self.dE, self.dC))
-
-    @property
-    def where(self) -> str:
-        return "" if self.eps is None else power(self.eps)
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant} at {self.where}" if self.where else self.variant
-
-
-def views(table: pd.DataFrame) -> list[View]:
-    """The views of a table: a user's own data first, then captured and trained; stages from the last to the first."""
-    rows = table.loc[table["variant"] != "", ["case", "stage", "dtype"]].drop_duplicates()
-    stages = [*reversed(STAGES)]
-    rank = {name: i for i, name in enumerate(dict.fromkeys(("captured", "trained", *CASES)), 1)}
-    found = [View(*map(str, row)) for row in rows.itertuples(index=False)]
-    return sorted(
-        found,
-        key=lambda v: (
-            rank.get(v.case, 0),
-            v.case,
-            stages.index(v.stage) if v.stage in stages else 9,
-            v.stage,
-            v.dtype,
-        ),
-    )
-
-
-def main_view(table: pd.DataFrame) -> View:
-    """The view that the answer is about: the trained stage, in bf16 where it was measured."""
-    found = views(table)
-    first = [v for v in found if (v.case, v.stage) == (found[0].case, found[0].stage)]
-    return next((v for v in first if v.dtype == "bf16"), first[0])
-
-
-def options(table: pd.DataFrame, view: View) -> list[Option]:
-    """All that was measured in a view, the cheapest first."""
-    rows = of_view(table, view)
-    columns = {
-        "seconds": ("time", "seconds"),
-        "loss": ("loss", "rel"),
-        "dE": ("dE", "rel"),
-        "dC": ("dC", "rel"),
-        "worst": ("dE", "row_max"),
-        "dropped": ("filter", "dropped_mass"),
-        "hits": ("filter", "hits"),
-        "empty": ("dC", "empty_rows"),
-    }
-    values: dict[tuple[str, float | None], dict[str, float]] = {}
-    for field, (quantity, name) in columns.items():
-        for variant, eps, value in metric(rows, quantity, name).itertuples(index=False):
-            values.setdefault((variant, None if math.isnan(eps) else eps), {})[field] = value
-    complete = {key: found for key, found in values.items() if {"seconds", "loss", "dE", "dC"} <= found.keys()}
-    base = complete.get(("baseline", None), {}).get("seconds", math.nan)
-    result = [Option(v, e, relative_time=found["seconds"] / base, **found) for (v, e), found in complete.items()]
-    return sorted(result, key=lambda o: (o.seconds, o.name))
-
-
-def cheapest(found: Sequence[Option], tolerance: float) -> Option | None:
-    """The cheapest option whose loss, dE and dC are all within the tolerance; None where none is."""
-    return _choose([o for o in found if o.error <= tolerance])
-
-
-def as_exact_as(found: Sequence[Option], other: Option) -> Option | None:
-    """The cheapest option that is no further off than `other` in any of loss, dE and dC."""
-    return _choose([o for o in found if o.loss <= other.loss and o.dE <= other.dE and o.dC <= other.dC])
-
-
-def _choose(fit: Sequence[Option]) -> Option | None:
-    """The cheapest; of those as cheap, up to what timing can tell, the most exact."""
-    least = min((o.seconds for o in fit), default=0.0)
-    return min((o for o in fit if o.seconds <= ALIKE * least), key=lambda o: (o.error, o.seconds), default=None)
-
-
-def number(value: float, digits: int = 2) -> str:
-    """2.2e-3, as short as it goes; "-" for NaN."""
-    if math.isnan(value):
-        return "-"
-    if value == 0 or math.isinf(value):
-        return f"{value:g}"
-    if 0.1 <= abs(value) < 1000:
-        return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:,.0f}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-# -- words from numbers ------------------------------------------------------------------------------------------------
-
-
-def answers(found: Sequence[Option]) -> list[dict[str, str]]:
-    """The cheapest option within each tolerance; tolerances with the same answer share a row."""
-    base = next((o for o in found if o.variant == "baseline"), None)
-    rows = []
-    if base is not None:
-        label = "no further off than baseline, in any of the three"
-        rows.append({"tolerance": label} | option_row(as_exact_as(found, base)))
-    for option, group in itertools.groupby(TOLERANCES, lambda t: cheapest(found, t)):
-        tolerances = list(group)
-        label = " to ".join(dict.fromkeys(number(t, 1) for t in (tolerances[0], tolerances[-1])))
-        rows.append({"tolerance": label} | option_row(option))
-    return rows
-
-
-def option_row(option: Option | None) -> dict[str, str]:
-    """An option as the texts of a table; all empty for None."""
-    if option is None:
-        return dict.fromkeys(("variant", "eps", "time", "loss", "dE", "dC"), "")
-    sampled = option.variant in ALL and ALL[option.variant].random
-    return {
-        "variant": option.variant,
-        "colour": mark(option.variant).colour,
-        "eps": option.where,
-        "time": ratio(option.relative_time),
-        "seconds": number(option.seconds),
-        "loss": number(option.loss),
-        "dE": number(option.dE),
-        "dC": number(option.dC),
-        "worst": number(option.worst),
-        "dropped": "sampled" if sampled else "-" if option.eps is None else percent(option.dropped),
-        "empty": percent(option.empty),
-        "hits": number(option.hits, 3),
-    }
-
-
-def percent(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    if abs(value) < 1e-4:
-        return "0" if abs(value) < 2.0**-20 else "< 0.01 %"
-    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
-
-
-def ratio(value: float) -> str:
-    """A ratio of times, to two digits and without an exponent."""
-    return "-" if math.isnan(value) else f"{float(f'{value:.2g}'):.10f}".rstrip("0").rstrip(".")
-
-
-def sentences(found: Sequence[Option], default: Sequence[Option]) -> list[str]:
-    """The answer in words, each sentence only where its numbers were measured."""
-    said = []
-    at_default = {o.variant: o for o in default}
-    base = at_default.get("baseline")
-    same = None if base is None else as_exact_as(found, base)
-    best = min(found, key=lambda o: (o.error, o.seconds), default=None)
-    if base is not None and same is not None:
-        also = ", which is also the most exact" if same is best else ""
-        said.append(
-            f"The cheapest that is no further off than PyTorch's own loss (baseline: loss {number(base.loss)}, "
-            f"dE {number(base.dE)}, dC {number(base.dC)}) is {'itself' if same is base else same.name + cost(same)}"
-            f": dE {number(same.dE)}, dC {number(same.dC)}{also}."
-        )
-    if best is not None and best is not same:
-        said.append(f"The most exact is {best.name}{cost(best)}: dE {number(best.dE)}, dC {number(best.dC)}.")
-    return said + filter_sentences(default)
-
-
-def filter_sentences(default: Sequence[Option]) -> list[str]:
-    """What the filters do at their default thresholds."""
-    said = []
-    at_default = {o.variant: o for o in default}
-    if (cce := at_default.get("cce")) is not None:
-        said.append(
-            f"The paper's cce at its default threshold {cce.where}, with its sums in the input dtype, is off by "
-            f"{number(cce.dE)} in dE and {number(cce.dC)} in dC; {rows_empty(cce)}."
-        )
-    sparse, unbiased = at_default.get("cce_sparse"), at_default.get("cce_unbiased")
-    if sparse is not None and unbiased is not None and percent(sparse.dropped) != "0":
-        said.append(
-            f"Dropping the entries below {sparse.where} one by one (cce_sparse) loses {percent(sparse.dropped)} of the "
-            f"softmax: dE is off by {number(sparse.dE)}, and {rows_empty(sparse)}. Sampling them without bias "
-            f"(cce_unbiased) is off by {number(unbiased.dE)}."
-        )
-    return said
-
-
-def rows_empty(option: Option) -> str:
-    share = percent(option.empty)
-    return "none of dC's rows is left empty" if share == "0" else f"{share} of dC's rows are left empty"
-
-
-def cost(option: Option) -> str:
-    """ ", in 4 % of its time", or nothing where no baseline was timed."""
-    if math.isnan(option.relative_time):
-        return ""
-    share = option.relative_time
-    return f", in {percent(share)} of the baseline's time" if share < 1 else f", at {ratio(share)} times the baseline's"
-
-
-def subject_lines(table: pd.DataFrame) -> list[dict[str, str]]:
-    """One row of statistics a case and stage, from the rows of quantity `softmax`."""
-    rows = table[table["quantity"] == "softmax"].drop_duplicates(["case", "stage", "metric"])
-    wide = rows.set_index(["case", "stage", "metric"])["value"]
-    lines = []
-    for case, stage in dict.fromkeys((v.case, v.stage) for v in views(table)):
-        if (case, stage) not in wide.index.droplevel("metric"):
-            continue
-        one = wide.loc[(case, stage)]
-        get = lambda name, one=one: float(one.get(name, math.nan))  # noqa: E731
-        lines.append(
-            {
-                "name": f"{case} {stage}".strip(),
-                "shape": f"{get('tokens'):,.0f} x {get('vocabulary'):,.0f} x {get('width'):,.0f}",
-                "loss": f"{get('loss'):.2f}",
-                "entropy": f"{get('entropy'):.2f}",
-                "p_target": number(get("p_target")),
-                "entries": number(get("entries:2^-12"), 3),
-                "mass": percent(get("mass_below:2^-12")),
-                "tiles": percent(get("tiles_by_id")),
-            }
-        )
-    return lines
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -328,8 +98,16 @@ def _save(figure: Figure, folder: Path, suffix: str) -> dict[str, str]:
     }
 
 
-def build(table: pd.DataFrame, out: Path, failures: Iterable[Failure] = (), notes: Iterable[str] = ()) -> Path:
+def build(
+    table: pd.DataFrame,
+    out: Path,
+    failures: Iterable[Failure] = (),
+    notes: Iterable[str] = (),
+    changes: Sequence[Change] | None = None,
+) -> Path:
     """Writes `out/figures/*.png`, `*.svg` and `out/index.html`, and returns the page's path.
+
+    `changes`: against an earlier table, which the page then shows.
 
     Raises ValueError for a table without a single measured variant.
     """
@@ -375,6 +153,10 @@ def build(table: pd.DataFrame, out: Path, failures: Iterable[Failure] = (), note
         sentences=sentences(at_main, default),
         answers=answers(at_main),
         default=[option_row(o) for o in default],
+        details=detail_rows(of_view(table, main)),
+        changes=changes,
+        number=number,
+        budget_tokens=_budget_tokens(table),
         static=static,
         others=others,
         subjects=subject_lines(table),
@@ -392,6 +174,11 @@ def build(table: pd.DataFrame, out: Path, failures: Iterable[Failure] = (), note
     path = out / "index.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _budget_tokens(table: pd.DataFrame) -> str:
+    found = table.loc[(table["quantity"] == "budget") & (table["metric"] == "tokens"), "value"]
+    return f"{found.max():,.0f}" if len(found) else "none"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -416,10 +203,19 @@ def plan(variants: Sequence[str] | None = None, **options: Any) -> tuple[Sweep, 
     return sweep.plan(variants=variants, **options), notes
 
 
-def run(todo: Sweep, out: Path, engine: Engine, command: str, console: Console, notes: Sequence[str] = ()) -> int:
+def run(
+    todo: Sweep,
+    out: Path,
+    engine: Engine,
+    command: str,
+    console: Console,
+    notes: Sequence[str] = (),
+    against: pd.DataFrame | None = None,
+) -> int:
     """Runs a sweep under a progress bar, builds the page, and returns the command's exit code.
 
-    0: all cells ran; 1: some raised, which the page and the console name; 130: interrupted, the same command resumes.
+    0: all cells ran; 1: some raised, which the page and the console name, or an error has grown beyond the factor that
+    the table `against` records; 130: interrupted, the same command resumes.
     """
     done = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -439,20 +235,26 @@ def run(todo: Sweep, out: Path, engine: Engine, command: str, console: Console, 
             progress.stop()
             console.print(f"stopped with {done} of {len(todo.cells)} cells done; the same command resumes")
             return 130
+    grown = False
     if not outcome.table.empty:
-        page = build(outcome.table, out, outcome.failures, notes)
+        changes = None if against is None else changed(against, outcome.table)
+        page = build(outcome.table, out, outcome.failures, notes, changes)
         console.print(f"{page} ({len(outcome.table)} rows in {out / 'results.parquet'})")
+        grown = said(changes, console)
     for failure in outcome.failures:
         console.print(f"no result: {failure.cell}: {failure.reason}", markup=False)
-    return 1 if outcome.failures else 0
+    return 1 if outcome.failures or grown else 0
 
 
-def redraw(out: Path, console: Console) -> None:
-    """The page again, from the folder's table. Raises ValueError where there is none."""
+def redraw(out: Path, console: Console, against: pd.DataFrame | None = None) -> int:
+    """The page again, from the folder's table; 1 where an error has grown. Raises ValueError where there is none."""
     file = out / "results.parquet"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run the sweep first")
-    console.print(str(build(pd.read_parquet(file), out)))
+    table = pd.read_parquet(file)
+    changes = None if against is None else changed(against, table)
+    console.print(str(build(table, out, changes=changes)))
+    return int(said(changes, console))
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,10 +30,12 @@ from torch import Tensor
 
 import cce_precision
 from cce_precision import LinearCrossEntropyOutput, linear_cross_entropy
+from cce_precision.analysis import budget as budgets
 from cce_precision.analysis import metrics
 from cce_precision.analysis.capture import STAGES
 from cce_precision.analysis.cases import Case, describe, find, from_file
 from cce_precision.analysis.references import Objective, Truth, truth
+from cce_precision.numerics import Path as CodePath
 from cce_precision.numerics import Variant, auto_eps
 from cce_precision.problem import Problem
 from cce_precision.variants import ALL, get
@@ -44,6 +46,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRID = tuple(2.0**-k for k in range(4, 25, 2))
 RUN = 128  # tokens of a tile
 CALLS = 3  # that a time is the best of, where it answers what is cheapest
+BUDGET = 256  # tokens of a budget
 SHAPE = (1024, 8192, 128)  # tokens, vocabulary, width of synthetic cases: that of the captured head
 KEY = ("case", "stage", "variant", "dtype", "n", "v", "d", "eps", "seed", "quantity", "metric")
 COLUMNS = (*KEY, "value", "commit", "versions", "device", "command")
@@ -63,7 +66,10 @@ def digest(problem: Problem) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One call. `variant` "" stands for the softmax itself: its statistics and its rank-probability curve."""
+    """One call. `variant` "" stands for the softmax itself: its statistics and its rank-probability curve.
+
+    `budget`: not the call's errors but where they come from, with their bounds (`budget.py`), on fewer tokens.
+    """
 
     case: str
     stage: str
@@ -72,11 +78,12 @@ class Cell:
     eps: float | None
     seed: int
     calls: int = 1  # of which the fastest is the time
+    budget: bool = False
 
     def __str__(self) -> str:
         what = self.variant or "softmax"
         eps = "" if self.eps is None else f"eps={self.eps:.3g}"
-        return " ".join(filter(None, (self.case, self.stage, self.dtype, what, eps)))
+        return " ".join(filter(None, (self.case, self.stage, self.dtype, what, eps, self.budget * "budget")))
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,11 @@ def parse_eps(text: str) -> tuple[float, ...]:
     return tuple(sorted(found, reverse=True))
 
 
+def nearest(eps: Iterable[float], default: float) -> float:
+    """The threshold whose logarithm is nearest to that of the default, the smaller of two."""
+    return min(eps, key=lambda e: (abs(math.log2(e / default)), e))
+
+
 def _subjects(cases: Sequence[str], data: Sequence[Path], seed: int) -> Iterator[Case]:
     for name in cases:
         make = find(name)
@@ -198,8 +210,11 @@ def plan(
     tokens: int | None = None,
     seed: int = 0,
     threads: int = 1,
+    budget: bool = True,
 ) -> Sweep:
     """The sweep of these lists. A variant without a filter runs once, others at each threshold.
+
+    `budget`: also the error budgets of the last stage's first dtype, at the threshold nearest its default.
 
     `cases` None: the captured head, or with `data` only that. `dtypes` None: bf16, on the last stage fp16 too.
     `eps` None: 2^-4 to 2^-24 in steps of 2^2, in steps of 2^4 where it is not the last stage's first dtype, and each
@@ -221,6 +236,11 @@ def plan(
         for dtype in chosen:
             main = answers and dtype == chosen[0]
             steps = eps or sorted({*GRID[:: 1 if main else 2], auto_eps(DTYPES[dtype])}, reverse=True)
+            budgets = [v for v in records if budget and main and v.path is not CodePath.COMPILED]
+            for variant in budgets:
+                step = nearest(steps, auto_eps(DTYPES[dtype])) if variant.filtered else None
+                draw = seed if variant.random else 0
+                cells.append(Cell(subject.name, subject.stage, dtype, variant.name, step, draw, budget=True))
             for variant in records:
                 draw, calls = seed if variant.random else 0, CALLS if main else 1
                 for step in steps if variant.filtered else (None,):
@@ -234,6 +254,7 @@ def plan(
 # timed: (path, dtype).
 _PREPARED: dict[tuple[str, str], tuple[Problem, Truth]] = {}
 _WARM: set[tuple[str, torch.dtype]] = set()
+_STEPS: dict[tuple[str, str, int], budgets.Steps] = {}
 
 
 def _prepared(sweep: Sweep, cell: Cell) -> tuple[Problem, Truth]:
@@ -253,7 +274,9 @@ def measure(sweep: Sweep, cell: Cell) -> list[Row]:
     problem, exact = _prepared(sweep, cell)
     where = dataclasses.asdict(cell) | {"n": problem.n, "v": problem.v, "d": problem.d}
     where["eps"] = math.nan if cell.eps is None else cell.eps
-    if cell.variant:
+    if cell.budget:
+        found = _budget(sweep, cell, problem)
+    elif cell.variant:
         found = _graded(problem, exact, sweep.variant(cell).with_eps(cell.eps), cell)
     else:
         found = _softmax(problem)
@@ -312,6 +335,25 @@ def _graded(problem: Problem, exact: Truth, variant: Variant, cell: Cell) -> Ite
     yield "filter", "hits", float(stats.hits[counted].double().mean())
 
 
+def _budget(sweep: Sweep, cell: Cell, problem: Problem) -> Iterator[tuple[str, str, float]]:
+    """Where the errors of loss, dE and dC come from, and their bounds, on some of the tokens."""
+    key = (sweep.digests[cell.case, cell.stage], cell.dtype, cell.seed)
+    if key not in _STEPS:
+        rows = torch.tensor(some_rows(problem.n, min(BUDGET, problem.n)))
+        _STEPS.clear()
+        _STEPS[key] = budgets.Steps(
+            dataclasses.replace(problem, e=problem.e[rows], targets=problem.targets[rows]), seed=cell.seed
+        )
+    steps = _STEPS[key]
+    yield "budget", "tokens", steps.problem.n
+    for name, found in budgets.budget(steps, sweep.variant(cell).with_eps(cell.eps)).items():
+        for field in ("relative", "bound", "combined", "residual"):
+            yield name, f"budget_{field}", getattr(found, field)
+        for line in found.lines:
+            for field in ("relative", "share", "bound"):
+                yield name, f"budget_{field}:{line.stage.value}", getattr(line, field)
+
+
 def _softmax(problem: Problem) -> Iterator[tuple[str, str, float]]:
     """Statistics of the head, and the mean over tokens of its k-th largest probabilities at some ranks k."""
     for name, value in describe(problem).as_dict().items():
@@ -338,7 +380,8 @@ def _source_digest() -> str:
     """A hash of the library's sources and of the analysis that grades."""
     root = Path(cce_precision.__file__).parent
     sources = [p for p in root.rglob("*.py") if "analysis" not in p.relative_to(root).parts]
-    sources += [p for name in ("reference*.py", "metrics*.py", "sweep.py") for p in Path(__file__).parent.glob(name)]
+    grading = ("reference*.py", "metrics*.py", "sweep.py", "budget*.py", "bounds*.py")
+    sources += [p for name in grading for p in Path(__file__).parent.glob(name)]
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources))).hexdigest()
 
 

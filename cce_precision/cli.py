@@ -140,16 +140,21 @@ def report(
     threads: int = typer.Option(1, min=1, help="Threads of a cell; the last bits of a result may depend on it."),
     tokens: int = typer.Option(512, min=0, help="Only so many tokens of each head, in runs of 128; 0: all."),
     seed: int = typer.Option(0, help="Seed of synthetic cases and of variants that sample."),
+    budget: bool = typer.Option(True, help="Also where the errors come from, and their bounds."),
+    against: Path | None = typer.Option(
+        None, help="An earlier results.parquet: say what changed, and exit with 1 where an error grew."
+    ),
     page: bool = typer.Option(False, "--page-only", help="Measure nothing: draw the page from results.parquet."),
 ) -> None:
     """Error of every variant against its threshold on real heads: a table, figures, a page that says which to take."""
     from cce_precision.analysis import engines, sweep
     from cce_precision.analysis import report as reporting
 
+    with bad_option("--against"):
+        earlier = None if against is None else reporting.load(against)
     if page:
         with bad_option("--out"):
-            reporting.redraw(out, console())
-        return
+            raise typer.Exit(reporting.redraw(out, console(), earlier))
     with bad_option("--engine/--workers"):
         chosen = engines.engine(engine, workers or None)
     with bad_option("--data/--variants/--eps/--dtype/--case"):
@@ -162,9 +167,10 @@ def report(
             tokens=tokens or None,
             seed=seed,
             threads=threads,
+            budget=budget,
         )
     command = shlex.join(["cce-precision", *sys.argv[1:]])
-    raise typer.Exit(reporting.run(plan, out, chosen, command, console(), notes))
+    raise typer.Exit(reporting.run(plan, out, chosen, command, console(), notes, earlier))
 
 
 @app.command()
