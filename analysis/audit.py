@@ -38,7 +38,7 @@ from cce_precision.analysis.isolation import Lost, isolated
 __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
 
 STATUSES = ("pass", "fail", "limit", "not offered")
-SECONDS = 180.0  # for one check, its failure made small included
+SECONDS = 300.0  # for one check, its failure made small included
 SHRINKING = 6.0  # of the processor, for making a failure small
 REFUSALS = (NotImplementedError, TypeError, ValueError, AssertionError)  # how a function says that it cannot
 
@@ -242,7 +242,7 @@ def audit(
     command: str = "",
     on_outcome: Callable[[Target, Outcome], None] = lambda target, outcome: None,
 ) -> list[Card]:
-    """The cards of targets on a device; `on_outcome` is told each outcome as it comes.
+    """The cards of targets on a device; `on_outcome` is told each outcome as it comes. Interrupted, what is done.
 
     Raises ValueError for an unknown check, or a GPU that is not there.
     """
@@ -256,11 +256,14 @@ def audit(
     tasks = [(target, device, name) for target in targets for name in checks]
     found: dict[str, dict[str, Outcome]] = {target.name: {} for target in targets}
     settings = {"OMP_NUM_THREADS": "1"}
-    for (target, _, name), result in isolated(examine, tasks, workers=workers, seconds=SECONDS, environment=settings):
-        outcome = Outcome(name, "fail", result.reason) if isinstance(result, Lost) else result
-        found[target.name][name] = outcome
-        on_outcome(target, outcome)
-    return [_card(target, device, command, [found[target.name][name] for name in checks]) for target in targets]
+    results = isolated(examine, tasks, workers=workers, seconds=SECONDS, environment=settings)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(results):
+        for (target, _, name), result in results:
+            outcome = Outcome(name, "fail", result.reason) if isinstance(result, Lost) else result
+            found[target.name][name] = outcome
+            on_outcome(target, outcome)
+    done = {target: [found[target.name][name] for name in checks if name in found[target.name]] for target in targets}
+    return [_card(target, device, command, outcomes) for target, outcomes in done.items() if outcomes]
 
 
 def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]) -> Card:

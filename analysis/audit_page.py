@@ -21,6 +21,11 @@ def sentence(card: Card) -> str:
     return f"{card.target} ({card.version}) on {card.device}: {', '.join(counts)}"
 
 
+def failing(card: Card) -> str:
+    """The checks that a card fails, as a list in words; empty if there is none."""
+    return ", ".join(o.check for o in card.outcomes if o.status == "fail")
+
+
 def table(card: Card) -> Any:
     """A card as a rich table."""
     from rich import box
@@ -69,6 +74,7 @@ def build(out: Path) -> Path:
         cell=_cell,
         rows=_rows,
         sentence=sentence,
+        failing=failing,
         marks=MARKS,
         anchor=lambda card: card.name,
     )

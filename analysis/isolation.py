@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -99,7 +99,7 @@ def isolated(
     workers: int = 1,
     seconds: float = LONGEST_WAIT,
     environment: Mapping[str, str] | None = None,
-) -> Iterator[tuple[Task, Result | Lost]]:
+) -> Generator[tuple[Task, Result | Lost], None, None]:
     """Results of `function`, as they come, from `workers` processes with `environment` on top of this one's.
 
     `function` and what goes in and out must pickle, and the function should catch its own exceptions. A task may take
