@@ -98,7 +98,7 @@ class Runner:
     def __init__(self, name: str, model: nn.Module) -> None:
         self.name = name
         self.model = model.train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=model.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=next(model.parameters()).is_cuda)
         self.losses: list[float] = []
         self.times: list[float] = []
         self.peaks: list[float] = []

@@ -133,18 +133,34 @@ class Request:
     """One forward of a model with labels, and what it asks of its head."""
 
     def __init__(
-        self, model: str, head: nn.Linear, hook: HeadHook, labels: Tensor, options: Options, counts: Counts
+        self,
+        model: str,
+        head: nn.Linear,
+        hook: HeadHook,
+        labels: Tensor,
+        shift: bool,
+        options: Options,
+        counts: Counts,
     ) -> None:
         self.model = model
         self.head = head
         self.hook = hook
         self.labels = labels
+        self.shift = shift  # the model may shift them
         self.options = options
         self.counts = counts
         self.open = True  # the model's forward has not returned
 
-    def run(self, hidden: Tensor, loss: Loss | None) -> Tensor:
-        """The head's own call on (..., D) hidden states: its product, or the loss in its place."""
+    def run(self, hidden: Tensor, loss: Loss | None, autocast: torch.dtype | None) -> Tensor:
+        """The head's own call on (..., D) hidden states, its product or the loss in its place, under the autocast that
+        it was first called under."""
+        kind = hidden.device.type
+        if autocast == (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None):
+            return self._run(hidden, loss)
+        with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
+            return self._run(hidden, loss)
+
+    def _run(self, hidden: Tensor, loss: Loss | None) -> Tensor:
         before = self.hook.task
         if loss is None:
             self.hook.task = None
@@ -173,6 +189,8 @@ class Request:
         rows = losses.view(*labels.shape[:-1], -1)
         if rows.shape[-1] != labels.shape[-1]:
             return rows if rows.shape[-1] == labels.shape[-1] - 1 else losses
+        if not self.shift:
+            return rows
         targets = loss.targets.view(rows.shape).to(labels.device)
         shifted = torch.equal(targets[..., :-1], labels[..., 1:]) and bool(
             (targets[..., -1] == loss.ignore_index).all()

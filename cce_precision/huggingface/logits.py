@@ -50,6 +50,7 @@ class LazyLogits:
         dtype: torch.dtype,
         formula: Formula,
         steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...] = (),
+        autocast: torch.dtype | None = None,
         weight: tuple[Tensor, int] | None = None,
     ) -> None:
         self._request = request
@@ -57,6 +58,7 @@ class LazyLogits:
         self._dtype = dtype
         self._formula = formula
         self._steps = steps  # what happened to the values since the head, for those who need them
+        self._autocast = autocast
         self._weight = weight  # the head's, and its version, while nobody has changed it
         self._real: Tensor | None = None
 
@@ -67,6 +69,7 @@ class LazyLogits:
             changes.get("dtype", self._dtype),
             changes.get("formula", self._formula),
             changes.get("steps", self._steps),
+            self._autocast,
             self._weight,
         )
         if self._left:
@@ -129,7 +132,7 @@ class LazyLogits:
                     "them (an optimizer step?): read them before that, or call the model again"
                 )
             request.count(operation)
-            real = request.run(self._hidden, None)
+            real = request.run(self._hidden, None, self._autocast)
             for func, args, kwargs in self._steps:
                 real = func(*(real if a is SELF else a for a in args), **kwargs)
             self._real = real
@@ -158,9 +161,11 @@ def deferred(request: Request) -> Callable[[Tensor, Tensor, Tensor | None], Lazy
 
     def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         known = None if torch.compiler.is_compiling() else (weight, weight._version)
-        return LazyLogits(request, hidden, dtype, Formula(weight.shape[0]), weight=known)
+        return LazyLogits(
+            request, hidden, autocast or hidden.dtype, Formula(weight.shape[0]), autocast=autocast, weight=known
+        )
 
     return product
 
@@ -302,6 +307,12 @@ def _squeeze(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
     return x._with(hidden=x._hidden.squeeze(dim % x.ndim))
 
 
+def _transpose(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
+    if len(args) != 3 or kwargs or any(dim % x.ndim == x.ndim - 1 for dim in args[1:]):
+        return None
+    return x._with(hidden=x._hidden.transpose(args[1] % x.ndim, args[2] % x.ndim))
+
+
 def _size(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return x.shape if dim is None else x.shape[dim]
@@ -349,7 +360,7 @@ def _loss(x: LazyLogits, args: Any, kwargs: Any) -> Any:
         formula.divisor,
         formula.biases,
     )
-    return x._request.run(x._hidden, loss)
+    return x._request.run(x._hidden, loss, x._autocast)
 
 
 HANDLERS: dict[str, Callable[..., Any]] = {
@@ -383,6 +394,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "reshape": _view,
     "flatten": _flatten,
     "squeeze": _squeeze,
+    "transpose": _transpose,
     "log_softmax": _log_softmax,
     "cross_entropy": _cross_entropy,
     "nll_loss": _nll_loss,

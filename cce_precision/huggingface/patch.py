@@ -82,13 +82,14 @@ def _with_labels(
 ) -> Any:
     if getattr(model, "_is_replica", False):
         raise RuntimeError("cce_patch does not work under nn.DataParallel: use DistributedDataParallel (torchrun)")
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    hook = prepared(model, head)
+    head, hook = prepared(model)
     if hook.task is not None:  # a subclass's forward inside that of its base
         return inner(*args, **kwargs)
     if patch.options.reduction != "mean":
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-    request = Request(type(model).__name__, head, hook, labels, patch.options, patch.counts)
+    request = Request(
+        type(model).__name__, head, hook, labels, kwargs.get("shift_labels") is None, patch.options, patch.counts
+    )
     hook.task = deferred(request)
     try:
         output = inner(*args, **kwargs)
@@ -98,21 +99,25 @@ def _with_labels(
     return leave(output, model.training, patch.options)
 
 
-def prepared(model: nn.Module, head: Any) -> HeadHook:
-    """The hook of the model's head, the last of its hooks; put there if it is missing.
+def prepared(model: Any) -> tuple[nn.Linear, HeadHook]:
+    """The model's head, that of the adapter where one trains its own, and its hook, put there if it is missing.
 
     Raises TypeError for a head that is no plain `nn.Linear`, naming it.
     """
+    head = model.get_output_embeddings()
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):  # peft's wrapper
+        own = not head.disable_adapters and head.active_adapters
+        head = head.modules_to_save[head.active_adapters[0]] if own else head.original_module
     if not isinstance(head, nn.Module) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"cce_patch: the head of {type(model).__name__} must be an nn.Linear, got {type(head).__name__}"
-            + (
-                ": merge the adapter, or train the head itself with modules_to_save"
-                if hasattr(head, "base_layer")
-                else ""
-            )
+            + (": merge the adapter, or train the head itself with modules_to_save" if _adapted(head) else "")
         )
-    return install(head)
+    return head, install(head)  # type: ignore[return-value]
+
+
+def _adapted(head: Any) -> bool:
+    return hasattr(head, "base_layer")
 
 
 def leave(output: Any, training: bool, options: Options) -> Any:
@@ -148,7 +153,7 @@ def _wrap_class(cls: type[nn.Module]) -> None:
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if type(self) is cls and getattr(cls, ATTRIBUTE, None) is not None:
-            prepared(self, self.get_output_embeddings())  # type: ignore[operator]
+            prepared(self)
 
     setattr(cls, ORIGINALS, {name: cls.__dict__.get(name) for name in ("forward", "__init__")})
     cls.forward = wrapper  # type: ignore[method-assign]
@@ -218,7 +223,6 @@ def cce_patch(
             raise TypeError(
                 f"cce_patch got an unknown option {name!r}; allowed beside its own: {', '.join(sorted(allowed))}"
             )
-    get(impl).configure(filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
     loss = {
         "impl": impl,
         "filter_eps": filter_eps,
@@ -228,6 +232,7 @@ def cce_patch(
         "filter_c_grad": filter_c_grad,
         **options,
     }
+    _check(loss)
     chosen = Options(reduction, bool(train_only), bool(return_logits), loss)
     if not isinstance(model_type_or_model_or_config, nn.Module):
         cls = _class_of(model_type_or_model_or_config)
@@ -237,16 +242,25 @@ def cce_patch(
             old.retire()
         return cls
     model = _unwrapped(model_type_or_model_or_config)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    prepared(model, head)
+    prepared(model)
     uncce_patch(model)
-    prepared(model, head)
+    prepared(model)
     setattr(model, ATTRIBUTE, Patch(type(model), chosen))
     if "forward" in model.__dict__:  # accelerate's, that of a model spread over devices
         object.__setattr__(model, INNER, model.forward)
         wrapper = _wrapper(None, inspect.signature(type(model).forward))
         model.forward = MethodType(wrapper, model)  # type: ignore[method-assign]
     return model_type_or_model_or_config
+
+
+def _check(loss: dict[str, Any]) -> None:
+    """Raises what `linear_cross_entropy` would for these options, before there is a model."""
+    defaults = {name: p.default for name, p in inspect.signature(linear_cross_entropy).parameters.items()}
+    values = defaults | loss
+    validation.check_options(validation.Options(*(values[name] for name in validation.Options._fields)))
+    if values["impl"] != "auto":
+        names = ("filter_eps", "accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad")
+        get(values["impl"]).configure(*(values[name] for name in names))
 
 
 def uncce_patch(model_type_or_model_or_config: Any) -> Any:
@@ -270,7 +284,8 @@ def uncce_patch(model_type_or_model_or_config: Any) -> Any:
     if getattr(type(model), ATTRIBUTE, None) is not None:
         setattr(model, ATTRIBUTE, None)
     else:
-        remove(model.get_output_embeddings())  # type: ignore[operator]
+        for module in model.modules():
+            remove(module)
     return model_type_or_model_or_config
 
 
