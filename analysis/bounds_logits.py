@@ -57,7 +57,9 @@ class Softmax:
 
 def precision(problem: Problem, machine: Machine, stage: Stage = Stage.DZ, stages: Stages = ALL_STAGES) -> Precision:
     """How a stage rounds; one that is not among `stages` is exact, which is to say fp64."""
-    return Precision(stage_dtype(stages, stage, problem.compute_dtype), machine.ulps, machine.roundings)
+    return Precision(
+        stage_dtype(stages, stage, problem.compute_dtype), machine.ulps, machine.roundings, machine.flushes
+    )
 
 
 def _certain(x: Computed) -> Computed:

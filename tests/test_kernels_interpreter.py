@@ -42,6 +42,8 @@ def within_bounds(k: Knobs) -> None:
 @example(Knobs(n=6, v=5, d=2, ignored="all", nan_ignored=True))
 @example(Knobs(n=17, v=33, d=24, ignored="some", nan_ignored=True, bias="same", softcap=5.0, temperature=0.7))
 @example(Knobs(n=9, v=17, d=16, pattern="huge", impl="cce_split"))
+@example(Knobs(n=2, v=12, d=1, seed=68285777, bias="fp32", pattern="masked", use_entropy=True))
+@example(Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0))
 def test_every_output_is_within_its_bound(k: Knobs) -> None:
     within_bounds(k)
 

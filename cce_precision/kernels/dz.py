@@ -114,7 +114,7 @@ def dz_kernel(
         if ENTROPY:
             kappa = tl.load(rows_terms + wide(n) * 2 + rows, mask=inside, other=0.0)
             entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
-            factor = factor - kappa[:, None] * (tl.maximum(log_p, -3.0e38) + entropy[:, None])
+            factor = factor - kappa[:, None] * (tl.maximum(log_p, -1024.0) + entropy[:, None])
         x *= factor
         apart = tl.zeros((N,), tl.float32)  # column sums of the label's terms that stay out of the operand
         if LABEL:
