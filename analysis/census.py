@@ -215,9 +215,12 @@ def read(path: Path) -> list[Row]:
     """The rows of models.csv; none where there is no such file."""
     if not path.exists():
         return []
-    kinds = {"loss_error": float, "gradient_error": float}
+    rows = []
     with path.open(newline="") as file:
-        return [Row(**{k: kinds.get(k, str)(v) for k, v in line.items()}) for line in csv.DictReader(file)]
+        for line in csv.DictReader(file):
+            values: dict[str, Any] = dict(line)
+            rows.append(Row(**values | {name: float(line[name]) for name in ("loss_error", "gradient_error")}))
+    return rows
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -309,8 +312,8 @@ def page(rows: list[Row]) -> str:
     lines += ["", "## Passed", ""]
     newest = [row for row in rows if row.transformers == releases[0] and row.result == "passed"]
     for kind in ("softcap", "scale", "bias", "tied"):
-        some = sorted({row.model for row in newest if kind in row.head.split()})
-        lines += [f"With {kind} ({len(some)}): {', '.join(some)}.", ""]
+        having = sorted({row.model for row in newest if kind in row.head.split()})
+        lines += [f"With {kind} ({len(having)}): {', '.join(having)}.", ""]
     names = sorted({row.model for row in newest})
     lines += [f"All {len(names)} classes ({len(newest)} model types) in {releases[0]}: {', '.join(names)}.", ""]
     return "\n".join(lines)

@@ -140,9 +140,9 @@ def tiny(cls: Any, model_type: str) -> Any:
         default = cls()
     except Exception:  # some classes have no default
         default = None
-    for name, held in getattr(cls, "sub_configs", {}).items():
+    for name, declared in getattr(cls, "sub_configs", {}).items():
         present = getattr(default, name, None)
-        held = held if present is None else type(present)
+        held: Any = declared if present is None else type(present)
         if name in names and isinstance(held, type) and held.__name__ != "AutoConfig":
             own = held.model_type
             if f"{model_type}_text" in SPECIAL and "text" in name:

@@ -459,3 +459,16 @@ def choose(
     else:
         console().print(choices.table(found, title))
     raise typer.Exit(0 if found.best else 1)
+
+
+@app.command()
+def census(
+    out: Path = typer.Option(Path("reports/transformers"), help="Folder for models.csv and README.md."),
+    only: str = typer.Option("", help="Model types, separated by commas; all without."),
+    fresh: bool = typer.Option(False, help="Check again what the folder already holds of this transformers."),
+) -> None:
+    """Every causal language model of the installed transformers under cce_patch: loss and gradients, no logits."""
+    from cce_precision.analysis import census as counting
+
+    with bad_option("--only"):
+        counting.run(out, names(only), fresh, console())
