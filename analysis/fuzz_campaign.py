@@ -36,6 +36,9 @@ __all__ = ["BACKENDS", "campaign", "replay", "shrink"]
 BACKENDS = ("eager", "interpreter", "cuda")
 SECONDS = 300.0  # for one problem, a compilation included
 TRIES = 300  # calls that making an example small may take
+FEATURES = 120  # sets of features of a campaign on a GPU
+NUMBERS = ("seed", "scale", "margin", "upstream", "ignored", "nan_ignored")  # knobs that no kernel is compiled for
+WITH_BIAS = ("straddle", "masked")  # patterns that need one
 Row = dict[str, Any]
 Example = TypeVar("Example")
 
@@ -61,12 +64,20 @@ def _runs(knobs: Knobs, backend: str) -> bool:
 
 
 def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
-    """Problem `index` of a campaign."""
+    """Problem `index` of a campaign. On a GPU a call's features come from few, because each is a compilation."""
     compiled = tuple(k.impl for k in COMPILED[:1] if k.impl in impls)
     others = tuple(name for name in impls if name not in compiled)
     drawn = compiled if compiled and (index % 100 == 99 or not others) else others
-    rng = random.Random(f"{seed} {index}")
-    return next(k for k in (random_knobs(rng, drawn) for _ in itertools.count()) if _runs(k, backend))
+    numbers = random.Random(f"{seed} {index}")
+    if backend != "cuda":
+        return next(k for k in (random_knobs(numbers, drawn) for _ in itertools.count()) if _runs(k, backend))
+    features = random.Random(f"{seed} features {index % FEATURES}")
+    k = next(k for k in (random_knobs(features, drawn) for _ in itertools.count()) if _runs(k, backend))
+    other = random_knobs(numbers, drawn)
+    changes: dict[str, Any] = {name: getattr(other, name) for name in NUMBERS}
+    if k.pattern not in WITH_BIAS and other.pattern not in WITH_BIAS:
+        changes["pattern"] = other.pattern
+    return sensible(dataclasses.replace(k, **changes))
 
 
 def _row(index: int, seed: int, impls: Sequence[str], backend: str) -> Row:
