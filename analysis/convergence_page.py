@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cce_precision.analysis.convergence import Difference, Run, differences, failures, late, read, smoothed
+from cce_precision.analysis.convergence import CONFIDENCE, Difference, Run, differences, failures, late, read, smoothed
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import MARKS, Figure, Mark, Panel, Series
 from cce_precision.analysis.report import data_uri
@@ -103,16 +103,46 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     return found
 
 
-def drift(found: Sequence[Line]) -> float:
-    """The largest difference of a run of the control to its reference, in held-out loss; 0 without a control."""
-    control = next((line.difference for line in found if line.method == CONTROL), None)
-    return max((abs(x) for x in control.each.values()), default=0.0) if control else 0.0
+def control_of(found: Sequence[Line]) -> Difference | None:
+    """The control's difference to the reference: how far runs drift that are equally right; None without one."""
+    return next((line.difference for line in found if line.method == CONTROL), None)
 
 
-def apart(line: Line, beyond: float) -> bool:
-    """Whether the method ends elsewhere than the reference: its interval leaves 0 out, and it is beyond drift."""
+def drift(control: Difference | None) -> float:
+    """The largest difference of a run of the control; 0 without one."""
+    return max(map(abs, control.each.values()), default=0.0) if control else 0.0
+
+
+def chance(seeds: int) -> float:
+    """How likely it is that so many seeds all differ in one direction, and all more than as many runs of the control,
+    where a method is no different from the control: the ranks and the signs are then random."""
+    return 1 / math.comb(2 * seeds, seeds) / 2 ** (seeds - 1)
+
+
+def apart(line: Line, control: Difference | None) -> bool:
+    """Whether the method ends elsewhere than the reference: in every seed to the same side and further than any run of
+    the control, where that is less likely than 5 % by chance; without a control, where its interval leaves 0 out."""
     d = line.difference
-    return d is not None and not math.isnan(d.half) and d.apart and abs(d.mean) > beyond
+    if d is None or len(d.each) < 2:
+        return False
+    if control is None:
+        return d.apart
+    values = list(d.each.values())
+    one_side = all(x > 0 for x in values) or all(x < 0 for x in values)
+    beyond = min(map(abs, values)) > drift(control)
+    return one_side and beyond and chance(min(len(values), len(control.each))) < 1 - CONFIDENCE
+
+
+def rule(found: Sequence[Line]) -> str:
+    """What "apart" means on this page."""
+    control = control_of(found)
+    if control is None:
+        return "the interval leaves 0 out, as one method in twenty does by chance"
+    odds = round(1 / chance(max(1, len(control.each))))
+    return (
+        f"every seed differs to the same side, and by more than every seed of {CONTROL}; of methods that are no "
+        f"different, one in {odds} does by chance"
+    )
 
 
 def number(value: float) -> str:
@@ -135,16 +165,16 @@ def interval(d: Difference | None) -> str:
 def sentences(found: Sequence[Line]) -> list[str]:
     """The answer in words."""
     reference, others = found[0], [line for line in found[1:] if line.method != CONTROL]
-    beyond = drift(found)
+    control = control_of(found)
     said = []
-    if any(line.method == CONTROL for line in found):
+    if control is not None:
         said.append(
             f"Two runs that are equally right, {reference.method} from weights one rounding apart, end within "
-            f"{number(beyond)} nats of each other in held-out loss; no smaller difference says anything."
+            f"{number(drift(control))} nats of each other in held-out loss; no smaller difference says anything."
         )
     if reference.seeds < 2:
         return [*said, "One seed: differences have no interval, so none is called one."]
-    far = [line for line in others if apart(line, beyond)]
+    far = [line for line in others if apart(line, control)]
     near = [line for line in others if line not in far]
     if near:
         names = ", ".join(line.method for line in near)
@@ -152,9 +182,12 @@ def sentences(found: Sequence[Line]) -> list[str]:
         said.append(f"At the end {names} {say} not distinguishable from {reference.method}.")
     for line in sorted(far, key=lambda x: -abs(x.difference.mean if x.difference else 0)):
         assert line.difference is not None
-        word = "above" if line.difference.mean > 0 else "below"
-        size = f"{abs(line.difference.mean):.4f} ± {line.difference.half:.4f}"
-        said.append(f"{line.method} ends {size} nats {word} {reference.method} in held-out loss.")
+        word, size = "above" if line.difference.mean > 0 else "below", abs(line.difference.mean)
+        each = sorted(line.difference.each.values())
+        said.append(
+            f"{line.method} ends {size:.4f} nats {word} {reference.method} in held-out loss "
+            f"({signed(each[0])} to {signed(each[-1])} by seed)."
+        )
     return said
 
 
@@ -254,7 +287,7 @@ def _marks(methods: Sequence[str]) -> None:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def row(line: Line, beyond: float) -> dict[str, str]:
+def row(line: Line, control: Difference | None) -> dict[str, str]:
     """A line as the texts of a table."""
     return {
         "method": line.method,
@@ -262,7 +295,7 @@ def row(line: Line, beyond: float) -> dict[str, str]:
         "colour": MARKS[line.method].colour if line.method in MARKS else "#000000",
         "heldout": f"{line.heldout:.4f}",
         "difference": interval(line.difference),
-        "apart": "" if line.difference is None or line.seeds < 2 else "yes" if apart(line, beyond) else "no",
+        "apart": "" if line.difference is None or line.seeds < 2 else "yes" if apart(line, control) else "no",
         "training": interval(line.training),
         "largest": "" if math.isnan(line.largest) else f"{signed(line.largest)} at {line.largest_at:.0f}",
         "dE": " to ".join(map(number, line.dE)),
@@ -322,10 +355,10 @@ def build(out: Path) -> Path:
         about=runs[0].about,
         described=described(runs),
         reference=found[0].method,
-        control=CONTROL if any(line.method == CONTROL for line in found) else "",
+        rule=rule(found),
         sentences=sentences(found),
         failures=failures(out),
-        rows=[row(line, drift(found)) for line in found],
+        rows=[row(line, control_of(found)) for line in found],
         measured=any(not math.isnan(line.dE[0]) for line in found),
         figures=[{"name": f.name, "title": f.title, "caption": f.caption, "image": i} for f, i in zip(drawn, images)],
         commands=list(dict.fromkeys(r.about["command"] for r in runs)),
@@ -346,9 +379,11 @@ def markdown(out: Path) -> str:
     keys = ("method", "heldout", "difference", "apart", "training", "largest", "dE", "dC", "speed")
     table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for line in found:
-        texts = row(line, drift(found))
+        texts = row(line, control_of(found))
         table.append("| " + " | ".join(f"`{texts[k]}`" if k == "method" else texts[k] for k in keys) + " |")
-    return "\n".join([f"{described(runs)}.", "", *(f"- {s}" for s in sentences(found)), "", *table, ""])
+    return "\n".join(
+        [f"{described(runs)}.", "", *(f"- {s}" for s in sentences(found)), "", *table, "", f"Apart: {rule(found)}.", ""]
+    )
 
 
 def update_readme(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -192,15 +193,27 @@ def test_differences_pair_seeds_and_leave_out_what_has_no_partner(drawn: Path) -
 
 def test_the_answer_tells_drift_from_difference(drawn: Path) -> None:
     found = convergence_page.lines(read(drawn))
-    beyond = convergence_page.drift(found)
-    assert math.isclose(beyond, 0.002, rel_tol=1e-9)
-    apart = {line.method: convergence_page.apart(line, beyond) for line in found}
+    control = convergence_page.control_of(found)
+    assert math.isclose(convergence_page.drift(control), 0.002, rel_tol=1e-9)
+    told = {line.method: convergence_page.apart(line, control) for line in found}
     # The last one's interval leaves 0 out, but the control drifts as far.
-    assert apart == {"fp32": False, CONTROL: False, "cce_exact": False, "cce": True, "cce_unbiased@2^-10": False}
+    assert told == {"fp32": False, CONTROL: False, "cce_exact": False, "cce": True, "cce_unbiased@2^-10": False}
+    assert found[-1].difference is not None and found[-1].difference.apart
+    assert convergence_page.apart(found[-1], None) and "one in 80 does by chance" in convergence_page.rule(found)
     said = " ".join(convergence_page.sentences(found))
     assert "cce_exact, cce_unbiased@2^-10 are not distinguishable from fp32" in said
-    assert "cce ends 0.1000 ± 0.0090 nats above fp32" in said
+    assert "cce ends 0.1000 nats above fp32 in held-out loss (+0.0960 to +0.1030 by seed)" in said
     assert "| `cce` |" in convergence_page.markdown(drawn) and said.split(".")[0] in convergence_page.markdown(drawn)
+
+
+def test_the_chance_of_being_apart_is_that_of_random_ranks_and_signs() -> None:
+    """Counted: of all orders of 2n differences by size and all their signs, those where the method's n come last and
+    on one side."""
+    for n in (1, 2, 3):
+        orders = list(itertools.combinations(range(2 * n), n))  # the ranks of the method's differences
+        signs = list(itertools.product((-1, 1), repeat=n))
+        hits = sum(min(o) >= n and len(set(s)) == 1 for o in orders for s in signs)
+        assert math.isclose(convergence_page.chance(n), hits / (len(orders) * len(signs)), rel_tol=1e-12)
 
 
 def test_the_page_is_whole_and_escapes_what_it_quotes(drawn: Path) -> None:
