@@ -1,6 +1,8 @@
 """The table of costs and errors that predictions rest on, fitted to committed reports.
 
-    python -m cce_precision.analysis.choose_table            writes cce_precision/data/costs.json
+    python -m cce_precision.analysis.choose_table
+
+writes cce_precision/data/costs.json, and reports/choose/summary.json: how choices by measurement and by prediction did.
 
 From `reports/choose/problems.jsonl` (random problems on a CPU) and `errors.jsonl` (`choose_check` on a GPU), the rows
 of `cce-precision bench` in `reports/h200` and `reports/choose/h200`, and `reports/readme/results.parquet` (captured
@@ -49,17 +51,15 @@ Row = dict[str, Any]
 # -- observations: one variant on one problem --------------------------------------------------------------------------
 
 
-def _of_problems(path: Path) -> Iterable[Row]:
-    """Observations of the campaign."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        shared = {key: row[key] for key in ("n", "v", "d", "kind", "index")}
-        for impl, one in row["variants"].items():
-            yield shared | {
-                "backend": "eager", "dtype": LONG[row["dtype"]], "impl": impl, "one_pass": False,
-                "product_ms": row["product_ms"], "time_ms": one["time_ms"], "memory_mib": one.get("memory_mib"),
-                "errors": {k: one[k] for k in ("loss", "dE", "dC")}, "device": row["device"],
-            }  # fmt: skip
+def _of_problem(row: Row) -> Iterable[Row]:
+    """Observations of one problem of the campaign."""
+    shared = {key: row[key] for key in ("n", "v", "d", "kind", "index")}
+    for impl, one in row["variants"].items():
+        yield shared | {
+            "backend": "eager", "dtype": LONG[row["dtype"]], "impl": impl, "one_pass": False,
+            "product_ms": row["product_ms"], "time_ms": one["time_ms"], "memory_mib": one.get("memory_mib"),
+            "errors": {k: one[k] for k in ("loss", "dE", "dC")}, "device": row["device"],
+        }  # fmt: skip
 
 
 def _is_one_pass(impl: str, workspace: int, row: Row) -> bool:
@@ -124,7 +124,9 @@ def _of_check(path: Path) -> Iterable[Row]:
 
 def observations(problems: Path, check: Path, folders: Sequence[Path], report: Path) -> list[Row]:
     """All that the sources say."""
-    found = [*_of_problems(problems), *_of_check(check)]
+    lines = problems.read_text().splitlines() if problems.exists() else []
+    found = [one for line in lines for one in _of_problem(json.loads(line))]
+    found += _of_check(check)
     for folder in folders:
         found += _of_bench(folder)
     return [*found, *_of_report(report)] if report.exists() else found
@@ -247,26 +249,38 @@ def make(found: Sequence[Row], sources: Sequence[Row], command: str) -> Row:
 
 
 def foretold(rows: Sequence[Row], table: Table) -> Row:
-    """How choices by prediction from `table` would have done on rows of the campaign: with the products that were timed
-    in each."""
+    """How choices by prediction from `table` would have done on rows of the campaign, with the products timed there."""
+    return _score([(row, _predicted(row, table)) for row in rows])
+
+
+def _score(done: Sequence[tuple[Row, Choice]]) -> Row:
     met, ratios, none = 0, [], 0
-    for row in rows:
-        best = _predicted(row, table).best
+    for row, choice in done:
         variants = row["variants"]
-        limit = variants["baseline"]
-        able = [name for name, one in variants.items() if _passes(one, row["tolerance"], limit)]
-        if best is None:
+        able = [name for name, one in variants.items() if _passes(one, row["tolerance"], variants["baseline"])]
+        if choice.best is None:
             none += 1
             continue
-        met += best.impl in able
-        if best.impl in able:
-            ratios.append(variants[best.impl]["time_ms"] / min(variants[name]["time_ms"] for name in able))
+        met += choice.best.impl in able
+        if choice.best.impl in able:
+            fastest = min(variants[name]["time_ms"] for name in able)
+            ratios.append(variants[choice.best.impl]["time_ms"] / fastest)
     ratios.sort()
     return {
-        "problems": len(rows), "none_predicted_to_meet": none, "chosen": len(rows) - none, "meets": met,
+        "problems": len(done), "none_predicted_to_meet": none, "chosen": len(done) - none, "meets": met,
         "within": sum(r <= choose_campaign.WITHIN for r in ratios),
         "ratio": {f"{q:g}": ratios[round(q * (len(ratios) - 1))] for q in (0.5, 0.9, 0.95, 1)} if ratios else {},
     }  # fmt: skip
+
+
+def held_out(rows: Sequence[Row]) -> Row:
+    """`foretold` for each half of the campaign's problems by a table that is made from the other half alone."""
+    halves = [[row for row in rows if row["index"] % 2 == k] for k in (0, 1)]
+    done = []
+    for mine, others in (halves, halves[::-1]):
+        table = Table(make([one for row in others for one in _of_problem(row)], [], ""))
+        done += [(row, _predicted(row, table)) for row in mine]
+    return _score(done)
 
 
 def _predicted(row: Row, table: Table) -> Choice:
@@ -305,6 +319,9 @@ def main() -> None:
         "python -m cce_precision.analysis.choose_table",
     )  # fmt: skip
     given.out.write_text(json.dumps(data, indent=1) + "\n")
+    rows = [json.loads(line) for line in given.problems.read_text().splitlines()]
+    found = {"choices": choose_campaign.summary(rows), "predictions": held_out(rows)}
+    (given.problems.parent / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{given.out}: {len(data['costs'])} costs, {len(data['errors'])} errors from {len(files)} files")
 
 

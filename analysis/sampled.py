@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 LEVELS = (0.5, 0.9, 0.99)
-LSE = ("fp32", "fp64")
+LSE = ("auto", "fp32", "fp64")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -212,9 +212,11 @@ class ExactRows:
         columns: int = 256,
         seed: int = 0,
         confidence: float = 0.95,
-        lse: str = "fp32",
+        lse: str = "auto",
     ) -> None:
         _check(problem, lse, confidence)
+        if lse == "auto":
+            lse = "fp32" if problem.operand_dtype.itemsize == 2 else "fp64"
         self.problem, self.lse, self.confidence = problem, lse, confidence
         device = problem.e.device
         self.valid = (problem.targets >= 0).nonzero()[:, 0]  # (M,)
@@ -322,7 +324,7 @@ def measure(
     columns: int = 256,
     seed: int = 0,
     confidence: float = 0.95,
-    lse: str = "fp32",
+    lse: str = "auto",
 ) -> Sampled:
     """The error of gradients and loss of one linear cross-entropy against fp64, from a sample of rows.
 
@@ -335,7 +337,8 @@ def measure(
             tokens that count.
         rows, columns: how many tokens and vocabulary rows to look at; all, where there are fewer.
         seed: of the draw. confidence: of the intervals.
-        lse: "fp32" or "fp64", see the module; "fp64" costs one whole product in fp64 and leaves no radius.
+        lse: "fp32" or "fp64", see the module; "fp64" costs one whole product in fp64 and leaves no radius. "auto" is
+            "fp32" for operands of 16 bits; beside the errors of wider ones the radius would not be small.
 
     Returns `Sampled`. A zero row of the exact gradient counts as an infinite relative error where it is not met.
 

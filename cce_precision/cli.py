@@ -333,7 +333,7 @@ def measure(
     rows: int = typer.Option(256, min=1, help="Tokens to look at."),
     columns: int = typer.Option(256, min=1, help="Vocabulary rows to look at."),
     confidence: float = typer.Option(0.95, help="Of the intervals."),
-    lse: str = typer.Option("fp32", help="Log-sum-exps of the tokens not looked at: fp32 (with a radius) or fp64."),
+    lse: str = typer.Option("auto", help="Log-sum-exps of the tokens not looked at: fp32 (with a radius) or fp64."),
     workspace_mb: int = typer.Option(0, min=0, help="Workspace of the variants in MiB; 0: the default."),
     seed: int = typer.Option(0, help="Seed of the sample, of synthetic cases and of variants that sample."),
     as_json: bool = typer.Option(False, "--json", help="The results as JSON."),
