@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import INTERPRETER
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import build
 from cce_precision.analysis.references import truth
-from tests.parallel_cases import CASES, WORLD, compiled, judge_kernels, problems, run, run_kernels, verdict_of
+from tests.parallel_cases import CASES, WORLD, compiled, judge_kernels, problems, run, run_kernels, start, verdict_of
 from tests.parallel_placements import KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
 from tests.strategies import EAGER, TILED
 
@@ -23,7 +22,7 @@ from tests.strategies import EAGER, TILED
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each case returned in each process."""
     folder = tmp_path_factory.mktemp("parallel")
-    multiprocessing.spawn(run, args=(str(folder), list(CASES)), nprocs=WORLD)
+    start(run, str(folder), list(CASES), processes=WORLD)
     stored = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return {name: [results[name] for results in stored] for name in CASES}
 
@@ -146,7 +145,7 @@ def test_runs_are_not_negative(start: int, stop: int) -> None:
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     """Under torch.compile, in one graph, the same bits."""
-    multiprocessing.spawn(compiled, args=(str(tmp_path),), nprocs=2)
+    start(compiled, str(tmp_path), processes=2)
     for rank in range(2):
         for impl, (eager, graph) in torch.load(tmp_path / f"{rank}.pt", weights_only=False).items():
             for a, b in zip(eager, graph):
@@ -156,7 +155,7 @@ def test_compiled(tmp_path: Path) -> None:
 @pytest.mark.interpreter
 def test_kernels_of_every_variant(tmp_path: Path) -> None:
     """The kernels, interpreted, with targets that the other of two processes holds."""
-    multiprocessing.spawn(run_kernels, args=(str(tmp_path), "cpu"), nprocs=2)
+    start(run_kernels, str(tmp_path), "cpu", processes=2)
     stored = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     judged = 0
     for impl in TILED:
