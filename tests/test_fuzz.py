@@ -132,3 +132,26 @@ def test_straddling_probabilities_surround_the_threshold() -> None:
     near = (p - 1).abs() < 2.0**-20
     assert near.any()
     assert judge(k).holds
+
+
+# What campaigns found, made small.
+FOUND_IN_KERNELS = {
+    "masked classes in the entropy's gradient: 0 times an overflow": Knobs(
+        seed=1117810289,
+        n=2,
+        v=10,
+        d=128,
+        impl="cce_kahan_full_e",
+        bias="fp32",
+        pattern="masked",
+        use_entropy=True,
+    ),
+    "probabilities below the normal range": Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", FOUND_IN_KERNELS)
+def test_what_a_campaign_found_in_the_kernels_holds(name: str) -> None:
+    verdict = judge(FOUND_IN_KERNELS[name], backend="triton")
+    assert verdict.holds, str(verdict)
