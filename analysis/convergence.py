@@ -41,6 +41,7 @@ __all__ = ["Comparison", "Difference", "Run", "compare", "differences", "failure
 
 DIGITS = 8  # of the numbers in runs.jsonl
 CONFIDENCE = 0.95
+REASON = 400  # characters of a failure that are kept
 STOPPED = 130  # exit code of a process whose run was stopped
 
 
@@ -186,8 +187,8 @@ def _one(
     except ValueError:  # what was asked for cannot be
         raise
     except Exception as error:
-        said = str(error).splitlines()
-        _note_failure(recipe, out, f"{type(error).__name__}: {said[0] if said else ''}")
+        said = " ".join(str(error).split())
+        _note_failure(recipe, out, f"{type(error).__name__}: {said[:REASON]}")
         return None
     if outcome.finished and outcome.curve:
         (folder / "summary.json").write_text(json.dumps(_summary(recipe, tokens, outcome)) + "\n")

@@ -411,6 +411,7 @@ def run(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch demands of its products
         # A check, and no matter of determinism.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not, whatever the line below says
     torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     set_seed(recipe.seed)
     model = build(recipe.model, recipe.config, recipe.size, tokens.vocabulary, recipe.context, recipe.weights)

@@ -324,6 +324,20 @@ def test_the_perturbed_control_differs_in_last_bits_alone() -> None:
         assert torch.equal(torch.nextafter(a, torch.full_like(a, torch.inf)), b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["cce_exact", "cce", "cce_unbiased"])
+def test_a_stopped_run_on_a_gpu_resumes_to_the_same_bits(method: str, tokens: Tokens, tmp_path: Path) -> None:
+    recipe = replace(SMALL, method=method, precision="bf16", size="small")
+    straight = run(recipe, tokens, tmp_path / "straight")
+    reached: list[int] = []
+    note = stop_at(4, lambda: reached.append(4))
+    first = run(recipe, tokens, tmp_path / "broken", on_row=note, stopped=lambda: bool(reached))
+    assert not first.finished
+    second = run(recipe, tokens, tmp_path / "broken")
+    assert second.finished and facts(second.curve) == facts(straight.curve)
+    assert second.curve[-2]["peak_mib"] > 0
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tokens: Tokens, tmp_path: Path) -> None:
     single = run(replace(SMALL, method="cce_exact"), tokens, tmp_path / "one", device="cpu").curve
@@ -345,3 +359,20 @@ def test_two_processes_take_the_steps_of_one(tokens: Tokens, tmp_path: Path) -> 
     control = run(replace(SMALL, method="fp32-perturbed"), tokens, tmp_path / "moved", device="cpu").curve
     drift = max(abs(a["loss"] - b["loss"]) for a, b in zip(single, control))
     assert all(abs(a["loss"] - b["loss"]) <= 100 * drift for a, b in zip(single, double))
+
+
+def test_a_trained_model_goes_on_with_json_lines_and_its_own_tokenizer(whole: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cce_precision.cli import app
+
+    lines = tmp_path / "more.jsonl"
+    lines.write_text("".join(json.dumps({"verse": f"And God said, Let there be {i}."}) + "\n" for i in range(300)))
+    options = ["--model", str(whole / "model"), "--text", str(lines), "--field", "verse", "--impl", "cce_sparse"]
+    options += ["--context", "32", "--batch", "4", "--steps", "3", "--precision", "pure-bf16", "--heldout-every", "0"]
+    done = CliRunner().invoke(app, ["train", "--device", "cpu", "--out", str(tmp_path / "out"), *options])
+    assert done.exit_code == 0, done.output
+    first, *_, last = [row["loss"] for row in read_curve(tmp_path / "out") if row["kind"] == "train"]
+    assert last < first < read_curve(whole)[0]["loss"] * 1.5
+    loaded = build(str(tmp_path / "out" / "model"), "", "", 300, 32, torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
