@@ -34,16 +34,20 @@ class Constant:
 
 
 def resources(source_class: Any, kernel: Any, arguments: dict[str, Any], arch: str, **options: int) -> dict[str, int]:
-    """Registers a thread and bytes of stack (spills) of a kernel compiled for `arch`."""
+    """Registers a thread and bytes of stack (spills) of a kernel compiled for `arch`. "i32:16" is an integer that 16
+    divides, as Triton sees the sizes and strides of most calls."""
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if isinstance(value, Constant):
-            signature[name], constants[(i,)] = "constexpr", value.value
+        if isinstance(value, tuple):
+            signature[name] = tuple("constexpr" if isinstance(x, Constant) else x.removesuffix(":16") for x in value)
         else:
-            signature[name] = value
-            if isinstance(value, str) and value.startswith("*"):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = "constexpr" if isinstance(value, Constant) else value
+        for place, x in [((i,), value)] if not isinstance(value, tuple) else [((i, j), x) for j, x in enumerate(value)]:
+            if isinstance(x, Constant):
+                constants[place] = x.value
+            elif x.startswith("*") or x.endswith(":16"):
+                attributes[place] = [["tt.divisibility", 16]]
     source = source_class(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY[arch], 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -281,7 +285,9 @@ DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, spl
 @pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
 )
-@pytest.mark.parametrize("which", ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS, "input", "kahan"])
+@pytest.mark.parametrize(
+    "which", ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS, "input", "kahan"]
+)
 def test_warp_specialised_kernels(which: str) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -356,3 +362,38 @@ def test_warp_specialised_kernels(which: str) -> None:
     used = resources(GluonASTSource, kernel, arguments, "sm_90", num_warps=4)
     spills = 64 if "softcap" in which else 0  # tanh takes registers once a tile, outside the loop over D
     assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used
+
+
+PRODUCT_FLAGS = {  # (dC, split, label apart, dE)
+    "both": (True, False, True, True),
+    "frozen c": (False, False, False, True),
+    "split": (True, True, True, True),
+}
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
+)
+@pytest.mark.parametrize("which", PRODUCT_FLAGS)
+def test_products(which: str) -> None:
+    """Two consumers of 240 registers a thread: 168 on average, and nothing spilled."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from cce_precision.kernels.hopper_product import SUMS_LAYOUT, hopper_product_kernel
+
+    sums = f"tensordesc<fp32[64, 64],{SUMS_LAYOUT!r}>"
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(("dz", "dz_low"), hopper_matrix(64, 64)),
+        **dict.fromkeys(("e", "c", "out"), hopper_matrix(64, 256)),
+        "sum_e": sums,
+        **dict.fromkeys(("label", "scale"), FP32),
+        **dict.fromkeys(("tokens", "targets"), I64),
+        **dict.fromkeys(("own_units", "other_units", "ahead", "rows_first"), "i32"),
+        "e_rows": "*bf16",
+        "starts": I32,
+        "shape": ("i32",) * 5,
+        "FLAGS": Constant(PRODUCT_FLAGS[which]),
+        "STAGES": Constant(3),
+    }
+    used = resources(GluonASTSource, hopper_product_kernel, arguments, "sm_90", num_warps=4)
+    assert used["stack"] == 0 and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used

@@ -79,7 +79,8 @@ def test_same_bits_from_run_to_run_over_poisoned_memory(impl: str) -> None:
 def test_warp_specialised_and_portable_kernels_agree(
     impl: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same products in the same order: bit by bit, but for the roundings of a bias and a softcap, fused or not."""
+    """The same products in the same order: bit by bit, but for the roundings of a bias and a softcap, fused or not, and
+    for the products that are the library's elsewhere (tests/test_hopper_product.py)."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("a Hopper matter")
     from cce_precision.kernels import launch
@@ -93,7 +94,8 @@ def test_warp_specialised_and_portable_kernels_agree(
     for name, a, b in zip(("loss", "dE", "dC"), fast, run(problem, impl)):
         difference = (a.float() - b.float()).norm() / b.float().norm()
         # Now and then a logit on the other side of a rounding: of dZ, or of one addition in 16 bits.
-        assert difference <= (0 if softcap is None else torch.finfo(torch.bfloat16).eps), (name, difference)
+        same = softcap is None and (variants.get(impl).filtered or name == "loss")
+        assert difference <= (0 if same else torch.finfo(torch.bfloat16).eps), (name, difference)
 
 
 def test_loss_does_not_depend_on_the_batch() -> None:

@@ -2,9 +2,9 @@
 
 For each run of columns a kernel recomputes the logits and writes dZ in the operand's dtype (a hi + lo pair for SPLIT).
 An unfiltered side takes library products: dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE +=
-dZ C[run] in fp32, which is at least as exact as the sum that the record names. A tile-filtered side takes the products
-of tile_filter.py over the surviving tiles alone. No atomics: bitwise repeatable. The width of a run follows from the
-workspace that the caller allows.
+dZ C[run] in fp32, which is at least as exact as the sum that the record names; on Hopper both are one launch of
+hopper_product.py. A tile-filtered side takes the products of tile_filter.py over the surviving tiles alone. Every sum
+has one order: bitwise repeatable. The width of a run follows from the workspace that the caller allows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 from ..numerics import Accumulation, Operand, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, write_dz
+from .launch import hopper_fits, multiprocessors
 from .record import candidates
+from .schedule import WIDEST, best_width
 from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, matvec, row_terms, weighted_sum
 from .tile_filter import tile_product
 
@@ -47,18 +49,38 @@ def is_split(problem: Problem, plan: Plan) -> bool:
     return plan.variant.operand is Operand.SPLIT and problem.operand_dtype is not torch.float32
 
 
+def finished_by_hopper(problem: Problem, plan: Plan) -> bool:
+    """Whether both products are those of hopper_product.py, which needs no fp32 sums of dC and knows no filter and no
+    smoothing apart.
+    """
+    if plan.variant.filtered or (plan.want_smooth and problem.softcap is None):
+        return False
+    if problem.c.device.type != "cuda" or not hopper_fits(problem.c, True):
+        return False
+    from .hopper_product import products_fit
+
+    return products_fit(problem.c)
+
+
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
-    """Columns a run: as many as the workspace holds beside the sums of dE and the copy of e. A multiple of 256."""
+    """Columns a run, a multiple of 256: as many as the workspace holds beside the sums of dE and the copy of e; on
+    Hopper as few fewer as fill the waves of tiles best.
+    """
     need_e, need_c, _ = need
     variant, d = plan.variant, problem.d
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
     size = problem.operand_dtype.itemsize
     sums = {Accumulation.FP32: 4, Accumulation.KAHAN: size, Accumulation.INPUT: 0}[embedding_sums(variant)]
     fixed = problem.n * d * (size + (sums if need_e else 0))
-    column = problem.n * size * (2 if is_split(problem, plan) else 1)
-    column += d * 4 if need_c and not variant.filter_c else 0
+    parts = 2 if is_split(problem, plan) else 1
+    by_hopper = finished_by_hopper(problem, plan)
+    column = problem.n * size * parts
+    column += d * 4 if need_c and not variant.filter_c and not by_hopper else 0
     column += d * size if variant.sort_vocabulary else 0
     width = max(NARROWEST, (megabytes * 2**20 - fixed) // column // 256 * 256)
+    if by_hopper:
+        most = min(width, -(-problem.v // 256) * 256, WIDEST)
+        return best_width(problem.n, problem.v, d, most, parts, (need_e, need_c), multiprocessors(problem.c.device))
     runs = -(-problem.v // width)
     return -(-problem.v // (runs * 256)) * 256
 
@@ -186,7 +208,9 @@ def walk_runs(
     dz = torch.empty((2 if is_split(problem, plan) else 1, n, width), dtype=problem.operand_dtype, device=device)
     sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
-    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c and not variant.filter_c else None
+    by_hopper = finished_by_hopper(problem, plan)
+    library_c = need_c and not variant.filter_c and not by_hopper
+    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if library_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
 
     chosen: list[Tensor | None] = [None] * -(-v // width)
@@ -204,6 +228,14 @@ def walk_runs(
         sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, which)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums
+        if by_hopper:
+            from .hopper_product import Columns, Labels, add_products
+
+            labels = None if segments is None else Labels(e, targets, terms.label, segments)
+            columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
+            if columns is not None or sums_e is not None:
+                add_products(operands, e, run.c, columns, None if sums_e is None else sums_e.total)
+            continue
         if d_c is not None and sum_c is not None:
             total = sum_c[: stop - start]
             for i, x in enumerate(operands):

@@ -1,0 +1,458 @@
+"""The two unfiltered products of the backward pass for Hopper (sm_90), in one launch, warp-specialised like hopper.py.
+
+A unit is a 128 x 256 tile of dC (dZ^T E over the tokens) or of dE (dZ C over the columns of the run). Both kinds share
+the waves of one persistent launch, so that neither leaves multiprocessors idle at its end. dC leaves finished: the
+target's terms are added in fp32, the sum is scaled and rounded once. dE is added to fp32 sums. While one consumer
+finishes its half of a tile, the other multiplies. Every sum has one order: bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin, ir
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper import describe
+from .hopper_dz import store_half
+from .launch import descriptor_fits, hopper_fits, multiprocessors
+from .schedule import schedule
+from .terms import TokensByTarget
+
+__all__ = ["Columns", "Labels", "add_products", "products_fit"]
+
+OWN = gl.constexpr(128)  # rows of a tile, of dC or dE
+HALF = gl.constexpr(64)  # rows of one consumer
+FEATURES = gl.constexpr(256)  # columns of a tile
+DEPTH = gl.constexpr(64)  # tokens or columns of one step
+TOKENS = gl.constexpr(8)  # label terms in flight together
+NO_ROW = gl.constexpr(2**31 - 1)
+
+
+@gluon.jit
+def copy_unit(
+    dz, other, left, right, full, free, step, length, row, feature, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr
+):
+    """The producer's part in one sum: dZ in two halves of 64 rows of the output, and as many rows of e or c."""
+    for at in range(0, length, DEPTH):
+        stage = step % STAGES
+        mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), 2 * dz.block_type.nbytes + other.block_type.nbytes)
+        for which in gl.static_range(2):
+            half = left.index(stage * 2 + which)
+            if TRANSPOSED:
+                tma.async_copy_global_to_shared(dz, [at, row + which * HALF], full.index(stage), half)
+            else:
+                tma.async_copy_global_to_shared(dz, [row + which * HALF, at], full.index(stage), half)
+        tma.async_copy_global_to_shared(other, [at, feature], full.index(stage), right.index(stage))
+        step += 1
+    return step
+
+
+@gluon.jit
+def unit_of(turn, own, early, ahead, remainder):
+    """The tile of one kind that a program takes in its turn: `own` of the long kind in rounds of all programs, then of
+    the short kind: `early` in the `ahead` rounds of those with one long tile fewer, the others in rounds of all.
+    """
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    i = turn - own
+    free = programs - remainder  # programs with one long tile fewer
+    short = gl.where(i < early, program - remainder + i * free, ahead * free + program + (i - early) * programs)
+    return gl.where(turn < own, program + turn * programs, short)
+
+
+@gluon.jit
+def copy_operands(
+    dz,
+    dz_low,
+    e,
+    c,
+    left,
+    right,
+    full,
+    free,
+    n,
+    width,
+    across,
+    turns,
+    own,
+    early,
+    ahead,
+    remainder,
+    rows_first,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The producer: what the consumers multiply, in their order."""
+    step = 0
+    for turn in range(turns):
+        unit = unit_of(turn, own, early, ahead, remainder)
+        row, feature = unit // across * OWN, unit % across * FEATURES
+        if (turn < own) == rows_first:
+            if SPLIT:
+                step = copy_unit(dz_low, c, left, right, full, free, step, width, row, feature, False, STAGES)
+            step = copy_unit(dz, c, left, right, full, free, step, width, row, feature, False, STAGES)
+        else:
+            if SPLIT:
+                step = copy_unit(dz_low, e, left, right, full, free, step, n, row, feature, True, STAGES)
+            step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, STAGES)
+
+
+@gluon.jit
+def product_half(
+    left,
+    right,
+    full,
+    free,
+    step,
+    length,
+    layout: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One consumer's (64, 256) sum in fp32, what rounding dZ lost first, and the steps taken so far."""
+    acc = gl.zeros([HALF, FEATURES], gl.float32, layout)
+    steps = (length + DEPTH - 1) // DEPTH
+    if SPLIT:
+        steps *= 2
+    for k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        a = left.index(stage * 2 + WHICH)
+        if TRANSPOSED:
+            a = a.permute((1, 0))
+        acc = warpgroup_mma(a, right.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        step += 1
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+    mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+    return acc, step
+
+
+@gluon.jit
+def add_labels(acc, e, tokens, starts, targets, label, position, feature, v, d, layout: gl.constexpr):
+    """acc plus label_i e_i of the tokens whose target is one of the 64 columns from `position`, in fp32, in order."""
+    by_row: gl.constexpr = gl.SliceLayout(1, layout)
+    by_column: gl.constexpr = gl.SliceLayout(0, layout)
+    spread: gl.constexpr = gl.BlockedLayout([TOKENS, 2], [1, 32], [1, 4], [1, 0])
+    columns = position + gl.arange(0, HALF, by_row)
+    features = feature + gl.arange(0, FEATURES, gl.SliceLayout(0, spread))
+    last = gl.load(starts + gl.minimum(position + HALF, v))
+    for at in range(gl.load(starts + gl.minimum(position, v)), last, TOKENS):
+        place = at + gl.arange(0, TOKENS, gl.SliceLayout(1, spread))
+        inside = place < last
+        token = gl.load(tokens + place, mask=inside, other=0)
+        column = gl.load(targets + token, mask=inside, other=NO_ROW).to(gl.int32)
+        x = gl.load(label + token, mask=inside, other=0.0)
+        own = inside[:, None] & (features < d)[None, :]
+        term = gl.load((e + token * d)[:, None] + features[None, :], mask=own, other=0.0)
+        term = x[:, None] * term.to(gl.float32)
+        next_column = gl.min(column, 0)
+        while next_column != NO_ROW:
+            same = column == next_column
+            value = gl.convert_layout(gl.sum(gl.where(same[:, None], term, 0.0), 0), by_column)
+            acc = gl.where((columns == next_column)[:, None], acc + value[None, :], acc)
+            column = gl.where(same, NO_ROW, column)
+            next_column = gl.min(column, 0)
+    return acc
+
+
+@builtin
+def async_add_shared_to_global(descriptor, place, source, _semantic=None):  # type: ignore[no-untyped-def]
+    """tma.async_copy_shared_to_global that adds: the bulk copy engine's reduction, rounded to nearest.
+
+    One launch adds to an element once, so the order of the sum is that of the launches.
+    """
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, place, source.handle)
+
+
+@gluon.jit
+def add_quarter(buffer, sums, part, row, feature):
+    """A quarter of a tile through its buffer, once the copy before the last has left it."""
+    tma.store_wait(1)
+    gl.thread_barrier()
+    buffer.store(part)
+    fence_async_shared()
+    gl.thread_barrier()
+    async_add_shared_to_global(sums, [row, feature], buffer)
+
+
+@gluon.jit
+def halves(x):
+    """The left and the right half of the columns of x."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def add_to_sums(staging, sums, acc, row, feature, WHICH: gl.constexpr):
+    """sums[row : row + 64, feature : feature + 256] (fp32) += acc."""
+    buffers = staging.index(WHICH)._reinterpret(gl.float32, [2, HALF, FEATURES // 4], sums.layout)
+    left, right = halves(acc)
+    parts = halves(left) + halves(right)
+    for i in gl.static_range(4):
+        add_quarter(buffers.index(i % 2), sums, parts[i], row, feature + i * (FEATURES // 4))
+
+
+@gluon.jit
+def multiply_half(
+    left,
+    right,
+    full,
+    free,
+    staging,
+    out,
+    sum_e,
+    e_rows,
+    tokens,
+    starts,
+    targets,
+    label,
+    scale,
+    shape,
+    across,
+    turns,
+    own,
+    early,
+    ahead,
+    remainder,
+    rows_first,
+    FLAGS: gl.constexpr,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One consumer: 64 rows of every tile of its program."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    n, width, d, start, v = shape
+    step = 0
+    for turn in range(turns):
+        unit = unit_of(turn, own, early, ahead, remainder)
+        block, tile = unit // across, unit % across
+        row, feature = block * OWN + WHICH * HALF, tile * FEATURES
+        if (turn < own) == rows_first:
+            if FLAGS[3]:
+                acc, step = product_half(left, right, full, free, step, width, layout, False, FLAGS[1], WHICH, STAGES)
+                add_to_sums(staging, sum_e, acc, row, feature, WHICH)
+        elif FLAGS[0]:
+            acc, step = product_half(left, right, full, free, step, n, layout, True, FLAGS[1], WHICH, STAGES)
+            if FLAGS[2]:
+                acc = add_labels(acc, e_rows, tokens, starts, targets, label, start + row, feature, v, d, layout)
+            store_half(staging, out, (acc * gl.load(scale)).to(out.dtype), block, tile, WHICH)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_product_kernel(
+    dz,  # (N, W) descriptor, tiles (64, 64)
+    dz_low,  # (N, W) descriptor of what rounding dz lost, or dz again
+    e,  # (N, D) descriptor, tiles (64, 256)
+    c,  # (W, D) descriptor, tiles (64, 256)
+    out,  # (W, D) descriptor, tiles (64, 256): dC of the run; or unused
+    sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles (64, 64); or unused
+    e_rows,  # (N, D) contiguous: e again
+    tokens,  # (N,) int64 sorted by target
+    starts,  # (V + 1,) int32
+    targets,  # (N,) int64
+    label,  # (N,) fp32
+    scale,  # () fp32
+    shape,  # (N, W, D, position of the first column, V)
+    own_units,  # tiles of the kind that comes first, the long ones
+    other_units,
+    ahead,  # rounds of the other kind that programs with one long tile fewer take before the rest
+    rows_first,  # 1: dE's tiles are the long ones
+    FLAGS: gl.constexpr,  # (dC, split, label apart, dE)
+    STAGES: gl.constexpr,
+):
+    left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, DEPTH], dz.layout)
+    right = gl.allocate_shared_memory(e.dtype, [STAGES, DEPTH, FEATURES], e.layout)
+    staging = gl.allocate_shared_memory(out.dtype, [2, HALF, FEATURES], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    n, width, d, start, v = shape
+    across = (d + FEATURES - 1) // FEATURES
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    remainder = own_units % programs
+    own = (own_units - program + programs - 1) // programs
+    early = gl.where(program < remainder, 0, ahead)
+    late = other_units - ahead * (programs - remainder) - program
+    turns = own + early + (gl.maximum(late, 0) + programs - 1) // programs
+    rows_first = rows_first != 0
+    gl.warp_specialize(
+        [
+            (
+                multiply_half,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    staging,
+                    out,
+                    sum_e,
+                    e_rows,
+                    tokens,
+                    starts,
+                    targets,
+                    label,
+                    scale,
+                    shape,
+                    across,
+                    turns,
+                    own,
+                    early,
+                    ahead,
+                    remainder,
+                    rows_first,
+                    FLAGS,
+                    gl.constexpr(0),
+                    STAGES,
+                ),
+            ),
+            (
+                multiply_half,
+                (
+                    left,
+                    right,
+                    full,
+                    free,
+                    staging,
+                    out,
+                    sum_e,
+                    e_rows,
+                    tokens,
+                    starts,
+                    targets,
+                    label,
+                    scale,
+                    shape,
+                    across,
+                    turns,
+                    own,
+                    early,
+                    ahead,
+                    remainder,
+                    rows_first,
+                    FLAGS,
+                    gl.constexpr(1),
+                    STAGES,
+                ),
+            ),
+            (
+                copy_operands,
+                (
+                    dz,
+                    dz_low,
+                    e,
+                    c,
+                    left,
+                    right,
+                    full,
+                    free,
+                    n,
+                    width,
+                    across,
+                    turns,
+                    own,
+                    early,
+                    ahead,
+                    remainder,
+                    rows_first,
+                    gl.constexpr(FLAGS[1]),
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 4],
+        [240, 24],
+    )
+
+
+SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The target's terms of dC, label_i e_i, kept out of the operand."""
+
+    e: Tensor  # (N, D) contiguous
+    targets: Tensor  # (N,) int64
+    label: Tensor  # (N,) fp32
+    segments: TokensByTarget
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A run's rows of dC, and what makes the sums over the tokens into them."""
+
+    out: Tensor  # (W, D) contiguous
+    scale: Tensor  # 0-dim fp32
+    labels: Labels | None
+    start: int  # position of the first row
+
+
+def products_fit(c: Tensor) -> bool:
+    """Whether `add_products` takes rows of c (V, D), beside contiguous matrices of the same D and dtype."""
+    return c.shape[1] % 8 == 0 and descriptor_fits(c) and hopper_fits(c, True)
+
+
+def add_products(
+    operands: list[Tensor],  # (N, W) each: dZ, and for SPLIT what rounding lost
+    e: Tensor,  # (N, D)
+    c: Tensor,  # (W, D)
+    columns: Columns | None,
+    sum_e: Tensor | None,  # (N, D) fp32
+) -> None:
+    """dZ^T E plus the label terms, scaled and rounded once, and sum_e += dZ C; None: not wanted, but one of them is.
+
+    e, the sums and dC contiguous; for the rest see `products_fit`.
+    """
+    dz, low = operands[0], operands[-1]
+    n, width = dz.shape
+    d = e.shape[1]
+    across = -(-d // 256)
+    units_c = 0 if columns is None else -(-width // 128) * across
+    units_e = 0 if sum_e is None else -(-n // 128) * across
+    plan = schedule(n, width, units_c, units_e, multiprocessors(e.device))
+    own_units, other_units = (units_e, units_c) if plan.rows_first else (units_c, units_e)
+    labels = None if columns is None else columns.labels
+    positions = (0, 0) if columns is None or labels is None else (columns.start, labels.segments.starts.shape[0] - 1)
+    unused = e
+    hopper_product_kernel[(min(units_c + units_e, multiprocessors(e.device)),)](
+        describe(dz, 64, 64),
+        describe(low, 64, 64),
+        describe(e, 64, 256),
+        describe(c, 64, 256),
+        describe(e if columns is None else columns.out, 64, 256),
+        unused if sum_e is None else TensorDescriptor(sum_e, [n, d], [d, 1], [64, 64], SUMS_LAYOUT),
+        unused if labels is None else labels.e,
+        unused if labels is None else labels.segments.tokens,
+        unused if labels is None else labels.segments.starts,
+        unused if labels is None else labels.targets,
+        unused if labels is None else labels.label,
+        unused if columns is None else columns.scale,
+        (n, width, d, *positions),
+        own_units,
+        other_units,
+        plan.ahead,
+        int(plan.rows_first),
+        FLAGS=(columns is not None, len(operands) > 1, labels is not None, sum_e is not None),
+        STAGES=3,
+        num_warps=4,
+    )
