@@ -237,3 +237,14 @@ def test_the_table_agrees_with_the_functions_alone() -> None:
     by_row = metrics.row_errors(out, exact, radius)
     known = by_row[~by_row.isnan()].sort().values
     assert found["row_q50"] == known[math.ceil(len(known) / 2) - 1]
+
+
+def test_growth_is_what_chance_alone_does_not_reach() -> None:
+    """The ratio of two errors with independent rows stays below it; a third more does not."""
+    exact = torch.randn(256, 16, dtype=torch.float64)
+    noise = lambda: exact + torch.randn_like(exact) / 512  # noqa: E731
+    for _ in range(100):
+        before, after = table(noise(), exact), table(noise(), exact)
+        assert after["rel"] <= before["rel"] * before["growth"]
+        assert 1 < before["growth"] < 4 / 3
+    assert table(exact, exact)["growth"] == 1 == table(exact + inf, exact)["growth"]

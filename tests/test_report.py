@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
-from cce_precision.analysis import drawing, figures, report, sweep
+from cce_precision.analysis import drawing, figures, report, report_compare, sweep
+from cce_precision.analysis.budget_stages import STAGES
 from cce_precision.analysis.figures import View
 from cce_precision.variants import ALL
 
@@ -34,10 +36,17 @@ def made_up_table(variants: tuple[str, ...] = ("baseline", "cce", "cce_exact", "
             cell |= {"eps": eps, "seed": 0}
             error = 2.0**-8 if math.isnan(eps) else eps / 8 + 2.0**-9
             values = {("time", "seconds"): 1.0 if name == "baseline" else 2.0 - (0 if math.isnan(eps) else eps)}
-            values |= {("loss", "rel"): 2.0**-20, ("filter", "dropped_mass"): 0.25, ("filter", "hits"): 1 / error}
+            values |= {("loss", "rel"): 2.0**-20, ("loss", "growth"): 1.25}
+            values |= {("filter", "dropped_mass"): 0.25, ("filter", "hits"): 1 / error}
             for quantity in ("dE", "dC"):
                 values |= {(quantity, "rel"): error, (quantity, "floor"): 2.0**-9, (quantity, "empty_rows"): 0.5}
                 values |= {(quantity, f"row_{q}"): error * (i + 1) for i, q in enumerate(("q50", "q90", "q99", "max"))}
+                values |= {(quantity, "growth"): 1.25, (quantity, "bias"): -0.5, (quantity, "bias_z"): -3.0}
+                values |= {(quantity, "ulp_q50"): 0.25, (quantity, "ulp_q99"): 2.0, (quantity, "ulp_share:0.5"): 0.75}
+                values |= {(quantity, "ulp_share:2"): 0.25, (quantity, "rel:targets=0"): 3 * error}
+                if (stage, dtype) == ("trained", "bf16"):
+                    values |= {(quantity, "budget_relative"): error, (quantity, "budget_bound"): 8 * error}
+                    values |= {(quantity, f"budget_share:{stage_.value}"): 1 / len(STAGES) for stage_ in STAGES}
             rows += [cell | {"quantity": q, "metric": m, "value": v} for (q, m), v in values.items()]
     for stage, rank in itertools.product(stages, (1, 2, 4, 64)):
         cell = {"case": "captured", "stage": stage, "variant": "", "dtype": "bf16", "n": 8, "v": 64, "d": 4, "seed": 0}
@@ -95,7 +104,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
 
 def test_each_view_has_all_figures_and_each_figure_two_renderings(tmp_path: Path) -> None:
     made = figures.figures(made_up_table(), VIEW)
-    assert [f.name for f in made] == ["error", "rows", "kept", "dropped"]
+    assert [f.name for f in made] == ["error", "rows", "budget", "bounds", "ulps", "kept", "dropped"]
     for figure in [*made, figures.stage_figure(made_up_table(), "captured")]:
         spec = drawing.plotly_figure(figure)
         json.dumps(spec, allow_nan=False)
@@ -117,7 +126,28 @@ def test_the_threshold_figure_shows_the_floor_and_the_baseline() -> None:
 
 def test_a_figure_without_data_is_left_out() -> None:
     table = made_up_table(("baseline",))
-    assert [f.name for f in figures.figures(table, VIEW)] == ["error", "rows", "kept"]
+    assert [f.name for f in figures.figures(table, VIEW)] == ["error", "rows", "budget", "bounds", "ulps", "kept"]
+    without = table[~table["metric"].str.startswith(("budget", "ulp"))]
+    assert [f.name for f in figures.figures(without, VIEW)] == ["error", "rows", "kept"]
+
+
+def test_bars_are_stacked_to_the_whole(tmp_path: Path) -> None:
+    made = {f.name: f for f in figures.figures(made_up_table(), VIEW)}
+    for name, segments in (("budget", len(STAGES)), ("ulps", 2)):
+        for panel in made[name].panels:
+            assert panel.stacked and len(panel.series) == segments and len(panel.categories) == 4
+            assert all(sum(float(s.x[i]) for s in panel.series) == pytest.approx(1, abs=2.0**-50) for i in range(4))
+        spec = drawing.plotly_figure(made[name])
+        bars = [trace for trace in spec["data"] if trace["type"] == "bar"]
+        assert len(bars) == 2 * segments and spec["wide"]["barmode"] == "stack" and spec["wide"]["showlegend"]
+        drawing.draw(made[name], tmp_path / f"{name}.svg")
+        text = (tmp_path / f"{name}.svg").read_text()
+        assert all(s.name in text for s in made[name].panels[0].series) and "cce_exact" in text
+
+
+def test_a_bound_stands_beside_its_error() -> None:
+    bounds = next(f for f in figures.figures(made_up_table(), VIEW) if f.name == "bounds")
+    assert all(float(s.x[1]) == 8 * float(s.x[0]) for panel in bounds.panels for s in panel.series)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -182,15 +212,22 @@ def test_the_page_says_the_answer_first_and_all_the_rest(page: Path) -> None:
         "The cheapest variant within a tolerance",
         "Error against threshold",
         "Error of single rows",
+        "Where the error comes from",
+        "Error and its rigorous bound",
+        "Errors in units in the last place",
         "Error against kept entries",
         "What the filter dropped",
         "How fast the softmax falls",
+        "Effective bits, units in the last place, bias",
+        "Rows of dC by how often the word is a target",
+        "Rigorous bounds",
         "Method",
         "Limits",
         "How to reproduce",
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
+    assert "Compared with the earlier table" not in text
     for part in ("a note", "captured trained bf16 cce_split: RuntimeError: &lt;no&gt;", "a &lt;device&gt;", "0123abc"):
         assert part in text
     assert text.index("RuntimeError") < places[0]
@@ -205,6 +242,67 @@ def test_the_figures_lie_beside_the_page(page: Path) -> None:
 def test_a_table_without_a_variant_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no measured variant"):
         report.build(made_up_table(()), tmp_path)
+
+
+# -- a comparison ------------------------------------------------------------------------------------------------------
+
+
+def with_error(factor: float, variant: str = "cce_exact", quantity: str = "dE") -> pd.DataFrame:
+    table = made_up_table()
+    of = (table["variant"] == variant) & (table["quantity"] == quantity) & (table["metric"] == "rel")
+    table.loc[of & (table["stage"] == "trained") & (table["dtype"] == "bf16"), "value"] *= factor
+    return table
+
+
+@pytest.mark.parametrize(
+    ("factor", "grown", "fallen"),
+    [(1.0, 0, 0), (1.2, 0, 0), (1.3, 1, 0), (math.nan, 1, 0), (math.inf, 1, 0), (0.9, 0, 0), (0.7, 0, 1), (0.0, 0, 1)],
+)
+def test_an_error_beyond_the_recorded_factor_has_changed(factor: float, grown: int, fallen: int) -> None:
+    """The made-up table allows 1.25."""
+    changes = report_compare.changed(made_up_table(), with_error(factor))
+    assert (sum(c.grown for c in changes), sum(c.fallen for c in changes)) == (grown, fallen)
+    assert len(changes) == 3 * (2 + 2 * 4) * 3  # views, variants without and with thresholds, quantities
+    assert not (grown or fallen) or (changes[0].cell, changes[0].quantity) == ("captured trained bf16 cce_exact", "dE")
+
+
+def test_an_error_where_there_was_none_has_grown() -> None:
+    changes = report_compare.changed(with_error(0.0), made_up_table())
+    assert changes[0].grown and changes[0].before == 0 and changes[0].factor == math.inf
+
+
+@pytest.mark.parametrize(("factor", "grown"), [(1.0, False), (2.0, True), (0.5, False)])
+def test_what_changed_is_said(factor: float, grown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = report_compare.changed(made_up_table(), with_error(factor))
+    assert report_compare.said(changes, Console(width=160)) == grown
+    said = capsys.readouterr().out
+    assert "errors in both tables: 90" in said and ("captured trained bf16 cce_exact" in said) == (factor != 1)
+
+
+def test_the_comparison_decides_the_exit_code_and_stands_on_the_page(tmp_path: Path) -> None:
+    small = lambda table: table[(table["stage"] == "trained") & (table["dtype"] == "bf16")]  # noqa: E731
+    file = tmp_path / "old.parquet"
+    small(made_up_table()).to_parquet(file)
+    small(with_error(2.0)).to_parquet(tmp_path / "results.parquet")
+    assert report.redraw(tmp_path, Console(quiet=True), report.load(file)) == 1
+    text = (tmp_path / "index.html").read_text()
+    assert text.index("Compared with the earlier table") < text.index("grown</td><td>captured trained bf16 cce_exact")
+
+
+def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "old.parquet"
+    with pytest.raises(ValueError, match="does not exist"):
+        report.load(file)
+    file.write_text("no table")
+    with pytest.raises(ValueError, match="is no table"):
+        report.load(file)
+    pd.DataFrame({"a": [1]}).to_parquet(file)
+    with pytest.raises(ValueError, match="has no columns"):
+        report.load(file)
+    table = made_up_table()
+    table[table["metric"] != "growth"].to_parquet(file)
+    with pytest.raises(ValueError, match="earlier version"):
+        report.load(file)
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def head(tmp_path: Path) -> Path:
 
 
 def small(head: Path, **options: object) -> Sweep:
-    chosen: dict[str, object] = {"variants": VARIANTS, "eps": EPS, "dtypes": ("bf16",), "threads": 1}
+    chosen: dict[str, object] = {"variants": VARIANTS, "eps": EPS, "dtypes": ("bf16",), "threads": 1, "budget": False}
     return sweep.plan(data=[head], **(chosen | options))  # type: ignore[arg-type]
 
 
@@ -123,11 +123,12 @@ def test_the_key_of_a_cell_changes_with_all_it_depends_on(head: Path) -> None:
         plan.key(cell),
         plan.key(replace(cell, seed=1)),
         plan.key(replace(cell, eps=2.0**-5)),
+        plan.key(replace(cell, budget=True)),
         replace(plan, threads=2).key(cell),
         replace(plan, variants=(other,)).key(cell),
         replace(plan, subjects=(replace(first, e=first.e + 1),)).key(cell),
     }
-    assert len(keys) == 6 and plan.key(cell) == small(head).key(cell)
+    assert len(keys) == 7 and plan.key(cell) == small(head).key(cell)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -163,6 +164,27 @@ def test_the_table_holds_what_a_direct_call_gives(head: Path, tmp_path: Path) ->
         error = float((gradient.double() - right).norm() / right.norm())
         assert value(table, "cce", name, "rel", EPS[0]) == error > 0
         assert value(table, "cce", name, "floor", EPS[0]) == float((right.bfloat16() - right).norm() / right.norm())
+
+
+def test_budgets_stand_in_the_table(head: Path, tmp_path: Path) -> None:
+    """One budget a variant, at the threshold nearest the default; shares sum to one, and the bound holds."""
+    plan = small(head, budget=True)
+    assert {(c.variant, c.eps) for c in plan.cells if c.budget} == {
+        ("baseline", None), ("cce", EPS[1]), ("cce_exact", None), ("cce_unbiased", EPS[1])
+    }  # fmt: skip
+    assert [c.variant for c in small(head, variants=("torch_compile",), budget=True).cells if c.budget] == []
+    table = sweep.run(plan, tmp_path / "out", engines.local).table
+    pd.testing.assert_frame_equal(
+        sweep.identity(table[~table["metric"].str.startswith("budget") & (table["quantity"] != "budget")]),
+        sweep.identity(sweep.run(small(head), tmp_path / "without", engines.local).table),
+    )
+    for variant, eps in (("cce", EPS[1]), ("cce_exact", math.nan)):
+        rows = table[(table["variant"] == variant) & (table["quantity"] == "dE")]
+        shares = rows[rows["metric"].str.startswith("budget_share:")]["value"]
+        error, bound = (value(table, variant, "dE", f"budget_{name}", eps) for name in ("relative", "bound"))
+        assert abs(shares.sum() - 1) <= N * V * 2.0**-53 / error**2 and len(shares) >= 6
+        assert error == pytest.approx(value(table, variant, "dE", "rel", eps), rel=2.0**-40)  # all tokens are in it
+        assert 0 < error <= bound and value(table, variant, "dE", "budget_residual", eps) == 0
 
 
 def test_a_zero_gradient_would_be_seen(head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +262,8 @@ def test_ctrl_c_leaves_whole_parts_and_the_command_resumes(head: Path, tmp_path:
     again = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0, again.stdout + again.stderr
     table = pd.read_parquet(out / "results.parquet")
-    here = sweep.run(small(head, variants=("cce_sparse", "baseline"), eps=None), tmp_path / "here", engines.local).table
+    plan = small(head, variants=("cce_sparse", "baseline"), eps=None, budget=True)
+    here = sweep.run(plan, tmp_path / "here", engines.local).table
     pd.testing.assert_frame_equal(sweep.identity(table), sweep.identity(here), check_exact=True)
     assert (out / "index.html").exists() and (out / "figures" / "error-head-bf16.svg").exists()
 
