@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
-from cce_precision.analysis.bounds_model import Computed, Machine, Precision, half_ulp
+from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precision, half_ulp
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
@@ -232,14 +232,16 @@ class _Tiled:
 
     def _operand(self, x: Computed, whole: Computed, filt: Filter) -> Computed:
         kind, dtype = self.variant.operand, self.problem.operand_dtype
-        if kind is Operand.FP32 or dtype == self.p.dtype:
+        if dtype == self.p.dtype:
             return x
-        lost = half_ulp(x.upper, dtype)
-        if kind is Operand.SPLIT:
-            lost = half_ulp(lost, dtype)
-        elif kind is Operand.FP32_ABOVE and filt:
+        rounded = half_ulp(x.upper, dtype)
+        pair = half_ulp(rounded, dtype)
+        full = torch.zeros_like(pair) if self.machine.name == CPU.name else pair  # the kernels' fp32 operand is a pair
+        if kind is Operand.FP32_ABOVE and filt:
             above = whole.value - whole.error >= filt.threshold(dtype) * (1 + 2 * self.p.u)
-            lost = torch.where(above, 0.0, lost)
+            lost = torch.where(above, full, rounded)
+        else:
+            lost = {Operand.FP32: full, Operand.SPLIT: pair}.get(kind, rounded)
         return Computed(x.value, x.error + lost)
 
 

@@ -19,7 +19,6 @@ from tests.test_kernels_compile import (
     FP32,
     I32,
     I64,
-    PAIR,
     Constant,
     check,
     matrix,
@@ -29,6 +28,7 @@ from tests.test_kernels_compile import (
 pytestmark = needs_cuobjdump
 
 I16 = "*i16"
+ROW_MAJOR = ("i32:16", Constant(1))  # strides of a contiguous matrix
 KINDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 ARCHITECTURES = sorted(CAPABILITY)
 
@@ -42,8 +42,8 @@ def tiled(config: launch.Config, arch: str, dtype: str) -> dict[str, Any]:
         "bias": f"*{dtype}",
         "targets": I64,
         "seed": I64,
-        "stride_e": PAIR,
-        "stride_c": PAIR,
+        "stride_e": ROW_MAJOR,
+        "stride_c": ROW_MAJOR,
         "M": Constant(config.m),
         "N": Constant(config.n),
         "K": Constant(config.k),
@@ -64,7 +64,7 @@ def test_hits(arch: str, forward: bool, drawn: bool) -> None:
         "partial": FP32,
         "target_logit": FP32,
         "record": I16,
-        "shape": ("i32",) * 4,
+        "shape": ("i32:16",) * 4,
         "splits": "i32",
         "tiles_a_split": "i32",
         "scalars": ("fp32",) * 3,
@@ -86,8 +86,8 @@ def test_dense_way(arch: str, kind: int) -> None:
         "column_sums": FP32,
         "factor": FP32,
         "active": I32,
-        "shape": ("i32",) * 5,
-        "stride_dz": PAIR,
+        "shape": ("i32:16",) * 5,
+        "stride_dz": ROW_MAJOR,
         "scalars": ("fp32",) * 3,
         "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, True, kind, kind == elements.ROWS)),
         "DTYPE": Constant(tl.bfloat16),
@@ -119,9 +119,9 @@ def test_products_of_the_dense_way(arch: str) -> None:
         "shift": FP32,
         "scale": FP32,
         "active": I32,
-        "shape": ("i32",) * 5,
-        "stride_dz": PAIR,
-        "stride_c": PAIR,
+        "shape": ("i32:16",) * 5,
+        "stride_dz": ROW_MAJOR,
+        "stride_c": ROW_MAJOR,
         "M": Constant(config.m),
         "N": Constant(config.n),
         "K": Constant(config.k),
@@ -152,8 +152,8 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
         "row_counts": I32,
         "seed": I64,
         "blocks": "i32",
-        "shape": ("i32",) * 4,
-        "stride_c": PAIR,
+        "shape": ("i32:16",) * 4,
+        "stride_c": ROW_MAJOR,
         "scalars": ("fp32",) * 3,
         "M": Constant(lists.BATCH),
         "WIDTH": Constant(hits.BLOCK),
@@ -175,7 +175,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "weights": FP32,
         "dense": I32,
         "d": "i32",
-        "stride_c": PAIR,
+        "stride_c": ROW_MAJOR,
         "ENTRIES": Constant(8),
         "FEATURES": Constant(512),
     }
@@ -197,7 +197,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "shift": FP32,
         "scale": FP32,
         "first": "i32",
-        "shape": PAIR,
+        "shape": ("i32:16",) * 2,
         "M": Constant(32),
         "WIDTH": Constant(hits.BLOCK),
         "FEATURES": Constant(256),

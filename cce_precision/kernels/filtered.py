@@ -74,7 +74,7 @@ class Buffers:
     columns: Tensor  # (entries,) int32
     weights: Tensor  # (entries,) fp32
     dz: Tensor  # (1 or 2, N, W) operand dtype
-    sums: Tensor  # (W, D) fp32, apart from the rest for a filter with a tail
+    sums: Tensor | None  # (W, D) fp32, for a filter with a tail
 
     @staticmethod
     def of(problem: Problem, workspace_mb: int | None, tail: bool) -> Buffers:
@@ -82,19 +82,18 @@ class Buffers:
         size = (DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
         hits, entries = capacities(n, -(-problem.v // BLOCK), size)
         parts = 1 if dtype is torch.float32 else 2
-        column = parts * n * dtype.itemsize + 4 * d
+        column = parts * n * dtype.itemsize
         width = min(max(NARROWEST, size // column // 256 * 256), -(-problem.v // 16) * 16)
         size = max(hits * 4 * BLOCK + entries * 8, width * column)
-        pool = torch.empty(size // 4 + 64, dtype=torch.float32, device=device)
+        pool = torch.empty(-(-size // 4), dtype=torch.float32, device=device)
         part, rest = pool[: hits * BLOCK], pool[hits * BLOCK : hits * BLOCK + 2 * entries]
-        sums, dz = pool[: width * d], pool[-(-width * d // 32) * 32 :].view(dtype)  # aligned for bulk copies
         return Buffers(
             hits,
             part.view(hits, BLOCK),
             rest[:entries].view(torch.int32),
             rest[entries:],
-            dz[: parts * n * width].view(parts, n, width),
-            torch.empty_like(sums).view(width, d) if tail else sums.view(width, d),
+            pool.view(dtype)[: parts * n * width].view(parts, n, width),
+            torch.empty((width, d), dtype=torch.float32, device=device) if tail else None,
         )
 
 
@@ -159,7 +158,7 @@ def by_runs(
     shift: Tensor | None,
 ) -> None:
     """What goes by runs of columns: the tail's part of dC, and where entries.dense is 1 everything that is kept."""
-    v, width = problem.v, buffers.sums.shape[0]
+    v, width = problem.v, buffers.dz.shape[2]
     # Beside a tail the labels are added at the end.
     own = terms if tail is None else dataclasses.replace(terms, label=torch.zeros_like(terms.label))
     for start in range(0, v, width):
@@ -169,7 +168,7 @@ def by_runs(
         low = rest[0] if rest else None
         sums, bias_sums = None, None
         if tail is not None:
-            sums = buffers.sums[: stop - start] if d_c is not None else None
+            sums = buffers.sums[: stop - start] if d_c is not None and buffers.sums is not None else None
             bias_sums = tail.columns(start, c, bias, sums, d_bias is not None)
         active = entries.dense
         more = write_filtered(problem, e, c, bias, start, own, kept, high, low, d_bias is not None, active)

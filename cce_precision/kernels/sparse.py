@@ -355,7 +355,7 @@ def finish_blocks(
     """
     v, d, weight = problem.v, problem.d, problem.column_weight
     start, stop = (0, v) if run is None else run
-    features = min(256, max(16, triton.next_power_of_2(d)))
+    features = min(512 // e.element_size(), max(16, triton.next_power_of_2(d)))
     finish_blocks_kernel[(triton.cdiv(stop - start, BLOCK), triton.cdiv(d, features) if d_c is not None else 1)](
         terms.terms if d_c is None else d_c,
         terms.terms if bias_sums is None else bias_sums,

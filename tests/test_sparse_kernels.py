@@ -1,0 +1,229 @@
+"""Filters of single entries as kernels, in Triton's interpreter: the bounds of the definition, its very decisions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_precision import eager, kernels, variants
+from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.bounds_model import INTERPRETER
+from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
+from cce_precision.analysis.fuzz_problems import Knobs, build
+from cce_precision.analysis.references import Objective, truth
+from cce_precision.eager.filters import hash32, sampled
+from cce_precision.eager.tiles import Columns
+from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from cce_precision.kernels import filtered  # noqa: E402
+from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
+from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
+
+pytestmark = pytest.mark.interpreter
+
+IMPLS = ("cce_sparse", "cce_unbiased", "cce_subsampled")
+EPS = 0.02
+Gradients = tuple[Tensor | None, ...]
+
+
+def exact_problem(n: int = 12, v: int = 40, d: int = 4) -> Problem:
+    """Multiples of 1/4: logits without a rounding, so that the kernels' probabilities are nearly the eager ones."""
+    draw = lambda *shape: (torch.randn(shape) * 4).round().clamp(-16, 16).div(4)  # noqa: E731
+    targets = torch.randint(0, v, (n,))
+    targets[3] = -1
+    e = draw(n, d).bfloat16()
+    e[3] = torch.nan
+    return Problem(e, draw(v, d).bfloat16(), targets, draw(v).bfloat16())
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Makes the lists too short for any problem. The list returned collects what the device then decides."""
+    seen: list[Tensor] = []
+    original = filtered.entries_of
+
+    def watched(*arguments: Any) -> Any:
+        entries = original(*arguments)
+        seen.append(entries.dense)
+        return entries
+
+    monkeypatch.setattr(filtered, "capacities", lambda n, blocks, size: (3, 4))
+    monkeypatch.setattr(filtered, "entries_of", watched)
+    return seen
+
+
+def gradients(
+    problem: Problem, impl: str, record: bool = True, need: tuple[bool, bool, bool] = (True, True, True)
+) -> Gradients:
+    plan, seed = Plan(variants.get(impl).with_eps(EPS), want_record=record), torch.tensor(-(2**40) - 7)
+    heads, bits = kernels.forward(problem, plan, seed)
+    assert (bits.numel() > 0) == record
+    upstream = Upstream(torch.full((problem.n,), 0.5))
+    return kernels.backward(problem, plan, heads, upstream, need, seed, bits)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("full", [False, True])
+def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softcap, bias, class weights, z-loss, an unreduced loss, ignored rows at once; also where the lists are full."""
+    k = Knobs(
+        seed=5,
+        n=12,
+        v=40,
+        d=4,
+        impl=impl,
+        bias="same",
+        scale=3.0,
+        softcap=5.0,
+        temperature=0.7,
+        class_weight=True,
+        reduction="none",
+        upstream="random",
+        ignored="some",
+        nan_ignored=True,
+        filter_eps=EPS,
+        use_lse=True,
+        z_loss=True,
+    )
+    call = build(k)
+    assert kernels.supports(call.problem, call.plan) is None
+    seen = overflow(monkeypatch) if full else []
+    verdict = judge(k)
+    assert verdict.holds, str(verdict)
+    assert [int(x) for x in seen] == [1] * full
+
+
+@pytest.mark.parametrize(
+    "k",
+    [
+        Knobs(n=9, v=40, d=5, impl="cce_unbiased", label_smoothing=0.1, class_weight=True, use_entropy=True),
+        Knobs(n=9, v=40, d=5, impl="cce_subsampled", label_smoothing=0.1, e_dtype="fp16", bias="same"),
+        Knobs(n=7, v=33, d=8, impl="cce_sparse", filter_c_grad=False, e_dtype="fp32", strided=True),
+        Knobs(n=7, v=33, d=8, impl="cce_subsampled", filter_e_grad=False),
+        Knobs(n=5, v=1, d=1, impl="cce_unbiased"),
+        Knobs(n=6, v=20, d=3, impl="cce_sparse", filter_eps=None),
+        Knobs(n=6, v=20, d=3, impl="cce_sparse", ignored="all", nan_ignored=True),
+    ],
+    ids=lambda k: k.to_json(),
+)
+def test_other_calls_are_within_the_bounds(k: Knobs) -> None:
+    k = dataclasses.replace(k, filter_eps=k.filter_eps and EPS, scale=2.0)
+    verdict = judge(k)
+    assert verdict.holds, str(verdict)
+
+
+@pytest.mark.parametrize("impl", ["cce_sparse", "cce_unbiased"])
+def test_the_entries_are_those_of_the_definition(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, kept = exact_problem(), []
+    original = filtered.entries_of
+    monkeypatch.setattr(filtered, "entries_of", lambda *a: kept.append(original(*a)) or kept[-1])
+    for record in (True, False):
+        gradients(problem, impl, record)
+    plan, seed = Plan(variants.get(impl).with_eps(EPS)), torch.tensor(-(2**40) - 7)
+    heads = eager.forward(problem, plan)
+    rows, columns = torch.arange(problem.n), torch.arange(problem.v)
+    assert problem.bias is not None
+    z = torch.where((problem.targets >= 0)[:, None], problem.e.float(), 0) @ problem.c.float().T + problem.bias.float()
+    p = torch.exp(z - heads.lse[:, None])
+    p[rows, problem.targets.clamp(min=0)] = 0
+    p[problem.targets < 0] = 0
+    run = Columns(0, problem.v, slice(0, problem.v))
+    wanted = sampled(p, plan.variant.filter_e, EPS, seed, rows, run, columns, True)
+    assert int((wanted > 0).sum()) > problem.n
+    for entries in kept:
+        assert int(entries.dense) == 0
+        for i in range(problem.n):
+            found = entries.columns[entries.starts[i] : entries.starts[i + 1]]
+            assert found.tolist() == wanted[i].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("impl", ["cce_unbiased", "cce_subsampled"])
+def test_a_frozen_input_changes_nothing(impl: str) -> None:
+    problem = exact_problem(6, 32, 4)
+    whole = gradients(problem, impl)
+    for need in ((True, False, False), (False, True, False), (False, False, True)):
+        for wanted, a, b in zip(need, gradients(problem, impl, need=need), whole):
+            assert (a is not None) == wanted
+            assert a is None or (b is not None and bool(b.any()) and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_nan_stays_in_its_token(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = exact_problem(8, 40, 4)
+    problem.e[5, 0] = torch.nan
+    if full:
+        overflow(monkeypatch)
+    d_e, d_c, _ = gradients(problem, "cce_unbiased")
+    assert d_e is not None and d_c is not None
+    assert d_e.isnan().any(1).tolist() == [i == 5 for i in range(8)]
+    assert bool(d_c.isnan().any(1).all())
+
+
+@triton.jit
+def words_kernel(seed, out, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    low, high = seed_words(seed)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    word = kernel_hash32(low, high, row.to(tl.uint32)[:, None], column.to(tl.uint32)[None, :])
+    tl.store(out + row[:, None] * COLUMNS + column[None, :], word.to(tl.int64))
+
+
+def test_the_hash_is_that_of_the_definition() -> None:
+    for seed in (0, 1, -1, 2**40 + 3, -(2**63)):
+        out = torch.empty(16, 32, dtype=torch.int64)
+        words_kernel[(1,)](torch.tensor(seed), out, COLUMNS=32, ROWS=16)
+        assert torch.equal(out, hash32(torch.tensor(seed), torch.arange(16)[:, None], torch.arange(32)[None, :]))
+        for share, first in ((1, 0), (3, 0), (8, 20)):
+            places = torch.arange(first, first + 45)
+            filt = dataclasses.replace(variants.get("cce_subsampled").filter_e, share=share)
+            run = Columns(0, 45, slice(0, 45))
+            tail = torch.full((1, 45), 0.5)
+            p = sampled(tail, filt, 1.0, torch.tensor(seed), places[:1], run, places, True, first)
+            drawn = members_drawn(torch.tensor(seed), 45, share, first, True)
+            assert drawn[drawn >= 0].tolist() == p[0].nonzero().flatten().tolist()
+
+
+def test_a_zero_gradient_is_rejected() -> None:
+    k = Knobs(n=12, v=40, d=6, impl="cce_unbiased", filter_eps=EPS, scale=2.0)
+    call = build(k)
+    computed: dict[str, Any] = outputs(call)
+    exact = truth(call.problem, call.objective)
+    allowed = bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER)
+    assert judge_outputs(call, computed, exact, allowed).holds
+    for name in ("dE", "dC"):
+        mutant = computed | {name: torch.zeros_like(computed[name])}
+        assert not judge_outputs(call, mutant, exact, allowed).holds
+
+
+def test_part_of_a_vocabulary_draws_what_the_whole_does() -> None:
+    """Two shares of the columns, each with the whole's lse and its targets elsewhere, add up to the whole's dE."""
+    problem = exact_problem(8, 48, 4)
+    plan, seed = Plan(variants.get("cce_unbiased").with_eps(EPS)), torch.tensor(11)
+    heads, _ = kernels.forward(problem, plan)
+    upstream, need = Upstream(torch.ones(8)), (True, True, True)
+    whole = kernels.backward(problem, plan, heads, upstream, need, seed)
+    parts = []
+    for start, stop in ((0, 32), (32, 48)):
+        inside = (problem.targets >= start) & (problem.targets < stop)
+        local = torch.where(inside, problem.targets - start, ELSEWHERE)
+        share = Problem(
+            problem.e,
+            problem.c[start:stop],
+            torch.where(problem.targets < 0, -1, local),
+            None if problem.bias is None else problem.bias[start:stop],
+            first_column=start,
+        )
+        part = dataclasses.replace(plan, partial_e=True, first_column=start)
+        parts.append(kernels.backward(share, part, heads, upstream, need, seed))
+    allowed = bound(problem, plan, Objective("sum"), seed=11, machine=INTERPRETER)
+    assert whole[0] is not None and whole[1] is not None and bool(whole[1].any())
+    total = parts[0][0] + parts[1][0]  # type: ignore[operator]
+    assert total.dtype is torch.float32
+    assert compare(total, whole[0], 2 * allowed.dE).holds
+    for i in (1, 2):
+        assert torch.equal(torch.cat([parts[0][i], parts[1][i]]), whole[i])  # type: ignore[list-item, arg-type]
