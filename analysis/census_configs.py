@@ -142,7 +142,7 @@ def tiny(cls: Any, model_type: str) -> Any:
         default = None
     for name, declared in getattr(cls, "sub_configs", {}).items():
         present = getattr(default, name, None)
-        held: Any = declared if present is None else type(present)
+        held: Any = type(present) if present is not None else declared
         if name in names and isinstance(held, type) and held.__name__ != "AutoConfig":
             own = held.model_type
             if f"{model_type}_text" in SPECIAL and "text" in name:

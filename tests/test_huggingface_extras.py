@@ -1,0 +1,180 @@
+"""`cce_patch` under what is no dependency of the tests: TRL's SFTTrainer, Lightning, other
+releases of transformers, sharding by FSDP2. What is not installed is skipped, saying so."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_precision import cce_counts, cce_patch, uncce_patch
+from cce_precision.analysis.census import GRADIENT_ALLOWED, UNIT, difference, read, step
+from cce_precision.analysis.census_configs import VOCABULARY, build, inputs
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="cce_patch:")
+        yield
+
+
+def movement(model: Any, start: Any) -> dict[str, Tensor]:
+    old = dict(start.named_parameters())
+    return {name: p.detach() - old[name].detach() for name, p in model.named_parameters()}
+
+
+def apart(ours: Any, theirs: Any, start: Any) -> float:
+    """How far one optimizer step of two copies is apart, relative to it; infinite where the second did not move."""
+    moved = movement(theirs, start)
+    norm = sum(float(x.square().sum()) for x in moved.values()) ** 0.5
+    weights = sum(float(p.detach().square().sum()) for p in start.parameters()) ** 0.5
+    return max(difference(movement(ours, start), moved) - UNIT * weights / max(norm, 1e-30), 0.0)
+
+
+def test_the_sft_trainer_of_trl(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    start = build("llama").train()
+    ids = inputs("llama", start)["input_ids"]
+    rows = datasets.Dataset.from_list([{"input_ids": row.tolist()} for row in ids.repeat(2, 1)])
+
+    def run(model: Any) -> Any:
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, optim="sgd", report_to=[],
+            save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, loss_type="nll",
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer(tmp_path / "tokenizer")
+        )
+        trainer.train()
+        return model
+
+    plain = run(copy.deepcopy(start))
+    patched = run(cce_patch(copy.deepcopy(start)))
+    assert cce_counts(patched).fused == 2
+    assert apart(patched, plain, start) <= GRADIENT_ALLOWED
+    uncce_patch(patched)
+
+
+def tokenizer(folder: Path) -> Any:
+    """A tokenizer of numbered words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY - 3)} | {"<pad>": VOCABULARY - 3, "<s>": VOCABULARY - 2}
+    words |= {"</s>": VOCABULARY - 1}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def test_a_lightning_module(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    start = build("llama").train()
+    batch = {name: x for name, x in inputs("llama", start).items() if isinstance(x, Tensor)}
+    models = [copy.deepcopy(start), cce_patch(copy.deepcopy(start))]
+    for model in models:
+        trainer = lightning.Trainer(
+            max_steps=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Module(model), torch.utils.data.DataLoader([batch], batch_size=None))
+    assert cce_counts(models[1]).fused == 1
+    assert apart(models[1], models[0], start) <= GRADIENT_ALLOWED
+    uncce_patch(models[1])
+
+
+@pytest.mark.parametrize("order", ["patch first", "shard first"])
+def test_a_head_that_fsdp_shards_apart(order: str, tmp_path: Path) -> None:
+    """One process is enough: the weight is a DTensor outside the head's own call, a tensor inside it."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    start = build("llama").train()
+    batch = inputs("llama", start)
+    theirs = step(copy.deepcopy(start), batch)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = copy.deepcopy(start)
+        if order == "patch first":
+            cce_patch(model)
+        for module in (model.lm_head, *model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+        if order == "shard first":
+            cce_patch(model)
+        ours = step(model, batch)
+        counts = copy.copy(cce_counts(model))
+        gradients = {name: x.full_tensor() for name, x in ours.gradients.items()}  # type: ignore[attr-defined]
+        logits = model(**batch).logits
+        assert logits[:, -1].isfinite().all()
+    finally:
+        distributed.destroy_process_group()
+    assert (counts.fused, counts.materialised) == (1, 0)
+    assert abs(ours.loss - theirs.loss) <= GRADIENT_ALLOWED * theirs.loss
+    assert difference(gradients, theirs.gradients) <= GRADIENT_ALLOWED
+
+
+FOLDERS = [Path(name) for name in os.environ.get("CCE_TRANSFORMERS_FOLDERS", "").split(os.pathsep) if name]
+SOME = "llama,gpt2,gemma2,cohere,granite,phi,bert,xlm,prophetnet,mixtral,bart,mamba,opt,qwen3,falcon_h1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOLDERS or [None], ids=str)
+def test_another_release_of_transformers(folder: Path | None, tmp_path: Path) -> None:
+    """CCE_TRANSFORMERS_FOLDERS names folders with one each: pip install --no-deps --target FOLDER transformers==...
+    (4.57 needs huggingface-hub<1.0 and tokenizers<=0.23.0 with it)."""
+    if folder is None or not folder.exists():
+        pytest.skip("CCE_TRANSFORMERS_FOLDERS names no folder with another transformers")
+    command = [sys.executable, "-W", "ignore", "-m", "cce_precision.analysis.census", "--out", tmp_path, "--only", SOME]
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "models.csv")
+    assert len(rows) == len(SOME.split(",")) and {row.transformers for row in rows} != {transformers.__version__}
+    assert [row for row in rows if row.result != "passed"] == []
+
+
+@pytest.mark.slow
+def test_the_census(tmp_path: Path) -> None:
+    """At least 98 % of the classes that can be built, no wrong loss among the rest, and the page says which."""
+    from cce_precision.analysis.census import run
+
+    rows = run(tmp_path)
+    built = [row for row in rows if row.built]
+    passed = [row for row in built if row.result == "passed"]
+    assert len(built) >= 100 and len(passed) >= 0.98 * len(built)
+    assert {row.result for row in built} <= {"passed", "refused", "unfused"}
+    text = (tmp_path / "README.md").read_text()
+    assert all(row.model in text for row in built)
+    before = (tmp_path / "models.csv").read_text()
+    assert run(tmp_path) == read(tmp_path / "models.csv") and (tmp_path / "models.csv").read_text() == before
