@@ -78,6 +78,13 @@ def test_neighbours_are_independent() -> None:
         assert float(((counts - expected) ** 2 / expected).sum()) <= 2 * chi_square_quantile(3)
 
 
+def test_no_seed_draws_what_its_neighbour_draws_for_other_rows() -> None:
+    """Nor for other columns: sums over tokens would not average out over seeds 0, 1, 2, ..."""
+    row, column = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    words = torch.stack([hash32(torch.tensor(seed), row, column) for seed in range(8)])
+    assert len(words.unique()) > words.numel() - 64  # of 2^15 words out of 2^32 one pair is alike in one case of eight
+
+
 def test_uniform_lies_in_the_unit_interval() -> None:
     u = uniform(torch.tensor(3), torch.arange(1000)[:, None], torch.arange(1000)[None, :], torch.float32)
     assert (u > 0).all() and (u <= 1).all()

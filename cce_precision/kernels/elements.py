@@ -45,7 +45,7 @@ def threshold(eps, rows, columns, low, high):
 
     The last mixing of hash32 is one block of instructions an entry, or the compiler holds a whole tile's words.
     """
-    by_row = mix32(mix32(rows.to(tl.uint32) + low) ^ high)
+    by_row = mix32(mix32(rows.to(tl.uint32) ^ mix32(low)) ^ high)
     by_column = mix32(columns.to(tl.uint32) + 0x9E3779B9)
     if INTERPRETED:
         return eps * ((mix32(by_row ^ by_column).to(tl.float32) + 0.5) * 2.3283064365386963e-10)

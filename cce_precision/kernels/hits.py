@@ -188,7 +188,7 @@ def hits_kernel(
             lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
         if FLAGS[3]:
             low, high = seed_words(seed)
-            by_row = mix32(mix32(rows.to(tl.uint32) + low) ^ high)  # as hash32
+            by_row = mix32(mix32(rows.to(tl.uint32) ^ mix32(low)) ^ high)  # as hash32
             bits = drawn_bits(z, lowest, by_row, first_id + tile * N, scale, M, N)
         else:
             bits = block_bits(z, lowest, scale, M, N)

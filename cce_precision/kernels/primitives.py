@@ -169,7 +169,7 @@ def hash32(seed_low, seed_high, row, column):
 
     Mixer: C. Wellons, hash-prospector, lowbias32 (public domain).
     """
-    word = mix32(mix32(row + seed_low) ^ seed_high)
+    word = mix32(mix32(row ^ mix32(seed_low)) ^ seed_high)
     return mix32(word ^ mix32(column + 0x9E3779B9))
 
 
