@@ -68,6 +68,31 @@ def placements(place: Place) -> dict[str, dict[str, Tensor]]:
     return results
 
 
+FEATURES = dataclasses.replace(
+    KNOBS, seed=13, shift=1, label_smoothing=0.1, class_weight=True, use_entropy=True, z_loss=False, reduction="none",
+    upstream="random", temperature=0.7, softcap=5.0, nan_ignored=True,
+)  # fmt: skip
+
+
+@case
+def placed_features(place: Place) -> dict[str, dict[str, Tensor]]:
+    """The same with every option that looks at tokens or columns, one impl each."""
+    results = {}
+    for name, impl in zip(("rows, sequence", "sequence", "batch and rows"), ("cce_unbiased", "cce_exact", "cce_split")):
+        call = build(dataclasses.replace(FEATURES, impl=impl))
+        shape, of_e, of_c = PLACEMENTS[name]
+        mesh = _mesh(shape)
+        e = _distributed(call.e, mesh, _placements(of_e))
+        c, bias = (_distributed(x, mesh, _placements(of_c)) for x in (call.c, call.bias) if x is not None)
+        out: Any = linear_cross_entropy(e, c, call.targets, bias, return_argmax=True, **call.options)
+        heads = {"loss": out.loss, "lse": out.lse, "entropy": out.entropy}
+        gradients = torch.autograd.grad([heads[x] for x in call.grads], (e, c, bias), list(call.grads.values()))
+        whole = dict(zip(("dE", "dC", "dbias"), (x.full_tensor() for x in gradients)))
+        whole["dE"] = whole["dE"].reshape(-1, call.problem.d)
+        results[name] = {x: heads[x].detach() for x in ("lse", "entropy")} | whole | {"argmax": out.argmax}
+    return results
+
+
 def parts() -> list[Call]:
     """A problem for each process, with one classifier."""
     calls = [build(dataclasses.replace(KNOBS, batch=1, n=9, bias=None, seed=20 + rank)) for rank in range(WORLD)]

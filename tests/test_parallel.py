@@ -14,7 +14,7 @@ from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import build
 from cce_precision.analysis.references import truth
 from tests.parallel_cases import CASES, WORLD, compiled, judge_kernels, problems, run, run_kernels, start, verdict_of
-from tests.parallel_placements import KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
+from tests.parallel_placements import FEATURES, KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
 from tests.strategies import EAGER, TILED
 
 
@@ -52,6 +52,24 @@ def test_placements(name: str, ran: dict[str, list[Any]]) -> None:
                 value, getattr(exact, quantity), getattr(allowed, quantity) + getattr(exact.radius, quantity)
             )
             assert judged.holds and judged.tells, (quantity, judged)
+
+
+def test_placed_features(ran: dict[str, list[Any]]) -> None:
+    """Shift, smoothing, class weights, entropy, softcap, temperature, unreduced, under placements."""
+    call = build(FEATURES)
+    exact, allowed = truth(call.problem, call.objective), allowance(call)
+    whole: Any = linear_cross_entropy(
+        call.e, call.c, call.targets, call.bias, return_argmax=True, **call.options | {"impl": "cce_exact"}
+    )
+    for results in ran["placed_features"]:
+        for name, values in results.items():
+            assert torch.equal(values.pop("argmax"), whole.argmax)
+            for quantity, value in values.items():
+                true, most = (getattr(x, quantity) for x in (exact, allowed))
+                if quantity in ("lse", "entropy"):  # without the tokens that the shift leaves without a place
+                    value, true, most = value.reshape(-1), true[call.counted], most[call.counted]
+                judged = compare(value, true, most)
+                assert judged.holds and judged.tells, (name, quantity, judged)
 
 
 @pytest.mark.parametrize("name", ["inside", "outside", "sharded by hand"])
