@@ -38,6 +38,20 @@ def within_bounds(k: Knobs) -> None:
 @example(Knobs(n=9, v=40, d=4, impl="cce_sparse", pattern="straddle", bias="fp32", filter_eps=2.0**-8))
 @example(Knobs(n=4, v=9, d=2, e_dtype="fp16", pattern="huge", softcap=0.5, bias="same"))
 @example(Knobs(n=6, v=5, d=2, ignored="all", reduction="mean", nan_ignored=True))
+@example(  # P below fp32's normal range times the entropy's factor of a hundred
+    Knobs(
+        seed=1748798990,
+        n=3,
+        v=21,
+        d=2,
+        e_dtype="fp32",
+        margin=25.0,
+        upstream="random",
+        ignored="some",
+        use_entropy=True,
+        z_loss=True,
+    )
+)
 def test_every_output_is_within_its_bound(k: Knobs) -> None:
     within_bounds(k)
 

@@ -113,7 +113,7 @@ class Backward:
         p_t = torch.exp(-nll)
         x = (f.alpha[index] - f.beta[index]) * p_t - f.beta[index] * self.complement[index]
         if f.kappa is not None:
-            x -= f.kappa[index] * p_t * (self.heads.entropy[index] - nll.clamp(max=-NEGLIGIBLE))
+            x -= f.kappa[index] * (self.heads.entropy[index] - nll.clamp(max=-NEGLIGIBLE)) * p_t
         return x
 
     def target_slope(self, index: slice | Tensor) -> Tensor | float:
@@ -140,7 +140,7 @@ class Backward:
         x = p * f.alpha[index][:, None]
         if f.kappa is not None:
             spread = block.log_p.clamp(min=NEGLIGIBLE) + self.heads.entropy[index][:, None]
-            x -= p * f.kappa[index][:, None] * spread
+            x -= p * (f.kappa[index][:, None] * spread)
         if label is not None:
             x.scatter_(1, block.place, torch.where(block.inside, label, x.gather(1, block.place).squeeze(1))[:, None])
         if self.smooth_inside:

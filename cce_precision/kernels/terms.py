@@ -61,7 +61,7 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
     entropy = zero.expand(problem.n)
     if upstream.entropy is not None:
         entropy = heads.entropy
-        label = label - kappa * p_t * (entropy - nll.clamp(max=NEGLIGIBLE))  # P_t = 0 there, and nll may be inf
+        label = label - kappa * (entropy - nll.clamp(max=NEGLIGIBLE)) * p_t  # P_t = 0 there, and nll may be inf
     if problem.softcap is not None and plan.variant.label_apart:
         label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
     at_target = -torch.expm1(-nll)  # what a tile filter compares there: |P - onehot|, and P too for heads beside nll
