@@ -202,6 +202,7 @@ def halves(x):
 def add_to_sums(staging, sums, acc, row, feature, WHICH: gl.constexpr):
     """sums[row : row + 64, feature : feature + 256] (fp32) += acc."""
     buffers = staging.index(WHICH)._reinterpret(gl.float32, [2, HALF, FEATURES // 4], sums.layout)
+    tma.store_wait(0)  # of the tile before, which may have been one of dC
     left, right = halves(acc)
     parts = halves(left) + halves(right)
     for i in gl.static_range(4):
