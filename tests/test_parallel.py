@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import INTERPRETER
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import build
+from cce_precision.analysis.parallel_bench import PAGE, ROWS, page
 from cce_precision.analysis.references import truth
 from tests.parallel_cases import CASES, WORLD, compiled, judge_kernels, problems, run, run_kernels, start, verdict_of
 from tests.parallel_placements import FEATURES, KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
@@ -168,6 +173,25 @@ def test_compiled(tmp_path: Path) -> None:
         for impl, (eager, graph) in torch.load(tmp_path / f"{rank}.pt", weights_only=False).items():
             for a, b in zip(eager, graph):
                 assert a.any() and torch.equal(a, b), impl
+
+
+def test_the_committed_page_is_that_of_its_rows() -> None:
+    folder = Path(__file__).parents[1] / "reports" / "parallel"
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    assert (folder / PAGE).read_text() == page(rows)
+
+
+@pytest.mark.slow
+def test_benchmark(tmp_path: Path) -> None:
+    """The benchmark under torchrun, at a small size under gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "cce_precision.analysis.parallel_bench", "--shape", "64x700x32", "--rounds", "1"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    rows = [json.loads(line) for line in (tmp_path / ROWS).read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["cce_exact", "cce", "all-reduce of dE"]
+    assert (tmp_path / PAGE).read_text() == page(rows)
+    for row in rows[:2]:
+        assert 0 < row["dE_together"] < 1 and 0 < row["dC_together"] < 1  # a zero gradient is off by 1
 
 
 @pytest.mark.interpreter
