@@ -38,6 +38,13 @@ class VocabParallelOptions:
     together are the vocabulary, each row once; a run may be empty. Each gets the same loss and heads, bit by bit, and
     the gradients of its own rows of c and bias. The gradient of e is the sum over the group (`reduce_e_grad`), or with
     reduce_e_grad=False this process's part of that sum.
+
+        share = VocabParallelOptions.from_vocab(vocab_size)
+        loss = linear_cross_entropy(e, c[share.start : share.stop], targets, vocab_parallel_options=share)
+
+    Filters decide by the softmax of the whole vocabulary. Random ones draw by the column's number in it, with one seed
+    for the group (that of its first process where the call names none). What depends on the order of columns is each
+    share's own: tiles, the order by mean logit, and the neighbours of which subset sampling draws one.
     """
 
     start: int
