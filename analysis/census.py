@@ -286,8 +286,10 @@ def page(rows: list[Row]) -> str:
         f"the unpatched model (allowed: {LOSS_ALLOWED / UNIT:.0f} unit round-offs of the largest logit for the loss, "
         f"{GRADIENT_ALLOWED / UNIT:.0f} of its",
         "norm for the gradient; where it is more, the patched one must be that near to the gradient of a loss in fp64",
-        "of the same logits), no tensor of vocabulary width, and without labels the same bits as ever. `models.csv` has",
-        "the numbers. Both are written by",
+        "of the same logits), no tensor of vocabulary width, and without labels the same bits as ever. The numbers are",
+        "in `models.csv`. Both files are written by this command; for another release of transformers, in a folder",
+        "of its own (pip install --no-deps --target), by `python -m cce_precision.analysis.census` with that in",
+        "PYTHONPATH.",
         "",
         "    cce-precision census --out reports/transformers",
         "",

@@ -334,6 +334,20 @@ def test_a_model_comes_back(llama: Any) -> None:
     uncce_patch(llama)
 
 
+def test_a_forward_that_somebody_replaces_is_noticed(llama: Any) -> None:
+    own, batch = llama.forward, given(llama)
+    cce_patch(llama)
+    llama.forward = lambda **inputs: uncce_patch(build("llama"))(**inputs)
+    with pytest.warns(UserWarning, match="forward of LlamaForCausalLM has been replaced"):
+        llama(**batch)
+    llama.forward = own  # and patched after all
+    cce_patch(llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama(**batch)
+    assert cce_counts(llama).fused == 1
+
+
 def test_copies_and_pickles_are_patched_too(llama: Any, tmp_path: Path) -> None:
     batch = given(llama)
     cce_patch(llama, return_logits=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from .. import validation
 from ..interface import linear_cross_entropy
 from ..variants import DEFAULT, get
-from .head import Counts, HeadHook, Options, Request, install, remove
+from .head import KEY, Counts, HeadHook, Options, Request, install, remove
 from .logits import LazyLogits, deferred
 
 __all__ = ["cce_counts", "cce_patch", "uncce_patch"]
@@ -44,6 +45,7 @@ class Patch:
         self.cls = cls
         self.options = options
         self.counts = Counts()
+        self.reached = False  # by the forward that runs now
         _wrap_class(cls)
         Patch.living.setdefault(cls, weakref.WeakSet()).add(self)
 
@@ -66,6 +68,8 @@ def _wrapper(original: Callable[..., Any] | None, signature: inspect.Signature) 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = getattr(self, INNER) if original is None else functools.partial(original, self)
         patch = getattr(self, ATTRIBUTE, None)
+        if patch is not None:
+            patch.reached = True
         labels = kwargs.get("labels")
         if labels is None and len(args) > position:
             labels = args[position]
@@ -116,6 +120,25 @@ def prepared(model: Any) -> tuple[nn.Linear, HeadHook]:
     return head, install(head)  # type: ignore[return-value]
 
 
+def watch(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: says so where somebody has replaced the forward of a patched model, whose loss then is theirs."""
+    patch = getattr(model, ATTRIBUTE, None)
+    if patch is None or kwargs.get("labels") is None:
+        return
+    reached, patch.reached = patch.reached, False
+    if not reached and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"cce_patch: the forward of {type(model).__name__} has been replaced since it was patched, and its loss "
+            "with it (as TRL and Liger do): call cce_patch after them, or leave their loss out",
+            stacklevel=2,
+        )
+
+
+def _watched(model: Any) -> None:
+    model._forward_hooks[KEY] = watch
+    model._forward_hooks_with_kwargs[KEY] = True
+
+
 def _adapted(head: Any) -> bool:
     return hasattr(head, "base_layer")
 
@@ -154,6 +177,7 @@ def _wrap_class(cls: type[nn.Module]) -> None:
         init(self, *args, **kwargs)
         if type(self) is cls and getattr(cls, ATTRIBUTE, None) is not None:
             prepared(self)
+            _watched(self)
 
     setattr(cls, ORIGINALS, {name: cls.__dict__.get(name) for name in ("forward", "__init__")})
     cls.forward = wrapper  # type: ignore[method-assign]
@@ -242,9 +266,10 @@ def cce_patch(
             old.retire()
         return cls
     model = _unwrapped(model_type_or_model_or_config)
-    prepared(model)
+    prepared(model)  # raises before anything is changed
     uncce_patch(model)
     prepared(model)
+    _watched(model)
     setattr(model, ATTRIBUTE, Patch(type(model), chosen))
     if "forward" in model.__dict__:  # accelerate's, that of a model spread over devices
         object.__setattr__(model, INNER, model.forward)
@@ -284,6 +309,8 @@ def uncce_patch(model_type_or_model_or_config: Any) -> Any:
     if getattr(type(model), ATTRIBUTE, None) is not None:
         setattr(model, ATTRIBUTE, None)
     else:
+        for hooks in (model._forward_hooks, model._forward_hooks_with_kwargs):
+            hooks.pop(KEY, None)  # type: ignore[call-overload, attr-defined]
         for module in model.modules():
             remove(module)
     return model_type_or_model_or_config
