@@ -16,7 +16,7 @@ from torch import Tensor
 from . import eager, kernels
 from .problem import Heads, Plan, Problem, Statistics, Upstream
 
-__all__ = ["backward_of", "choose_backend", "forward_of", "heads_of", "statistics_of"]
+__all__ = ["backward_of", "choose_backend", "forward_of", "occupancy_of", "statistics_of"]
 
 
 def _problem(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, plan: Plan) -> Problem:
@@ -183,16 +183,10 @@ _backward.register_autograd(_refuse_second)
 _scaled.register_autograd(_refuse_second)
 
 
-def heads_of(problem: Problem, plan: Plan, seed: Tensor) -> Heads:
-    """The heads of a tiled variant, differentiable once with respect to e, c and bias."""
-    outputs = torch.ops.cce_precision.forward(
-        problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
-    )
-    return Heads(*outputs[:5])
-
-
 def forward_of(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
-    """The heads of a tiled variant and the record for `backward_of`, for callers that differentiate by themselves."""
+    """The heads of a tiled variant, differentiable once with respect to e, c and bias; and the record of the forward
+    pass, for `occupancy_of`, and for `backward_of` where callers differentiate by themselves.
+    """
     outputs = torch.ops.cce_precision.forward(
         problem.e, problem.c, problem.bias, problem.targets, problem.column_weight, seed, plan.encode()
     )
@@ -215,6 +209,36 @@ def backward_of(
         [int(x) for x in need],
     )  # fmt: skip
     return gradients
+
+
+@torch.library.custom_op("cce_precision::occupancy", mutates_args=())
+def _occupancy(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, seed: Tensor, record: Tensor, plan: str
+) -> Tensor:
+    decoded = Plan.decode(plan)
+    with torch.autocast(e.device.type, enabled=False):
+        return kernels.occupancy(_problem(e, c, bias, targets, None, decoded), decoded, lse, seed, record)
+
+
+@_occupancy.register_fake
+def _(e, c, bias, targets, lse, seed, record, plan):  # type: ignore[no-untyped-def]
+    return e.new_empty((), dtype=torch.int64)
+
+
+@torch.no_grad()
+def occupancy_of(
+    problem: Problem, plan: Plan, heads: Heads, seed: Tensor, record: Tensor
+) -> tuple[Tensor | None, int | None]:
+    """(blocks of 16 columns that the filter may keep an entry of, 0-dim int64; how many a sparse backward pass has room
+    for); None for both where there is no such pass."""
+    capacity = kernels.capacity(problem, plan) if choose_backend(problem, plan) == "triton" else None
+    if capacity is None:
+        return None, None
+    tensors = [None if x is None else x.detach() for x in (problem.e, problem.c, problem.bias)]
+    blocks = torch.ops.cce_precision.occupancy(
+        *tensors, problem.targets, heads.lse.detach(), seed, record, plan.encode()
+    )
+    return blocks, capacity
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import choosing, validation
-from .autograd import choose_backend, heads_of, statistics_of
+from .autograd import choose_backend, forward_of, occupancy_of, statistics_of
 from .dtensor import place
 from .eager import plain_heads
 from .migration import suggests, unknown_keyword
@@ -42,6 +42,10 @@ class FilterStatistics(NamedTuple):
     certificate: (
         Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
     )
+    # Of a sparse backward pass on the kernels: in how many blocks of 16 columns, over all tokens, the filter may keep
+    # an entry (0-dim int64), and how many fit in the workspace: with more the device takes the dense way. Else None.
+    blocks: Tensor | None = None
+    capacity: int | None = None
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -207,7 +211,7 @@ def linear_cross_entropy(
             v = check_shares(shares, class_weight)
             validation.check_range(targets[..., offset:], ignore_index, v)
     elif variant.path is Path.TILED:
-        heads = heads_of(problem, plan, draw)
+        heads, record = forward_of(problem, plan, draw)
     else:
         heads = plain_heads(problem, plan, want_lse=return_lse or return_stats)
     if tokens is not None:
@@ -222,7 +226,8 @@ def linear_cross_entropy(
     stats = None
     if return_stats:
         kept, hits, path, certificate = _statistics(problem, plan, heads, draw)
-        stats = FilterStatistics(unflatten(kept), unflatten(hits), path, unflatten(certificate))
+        room = occupancy_of(problem, plan, heads, draw, record) if variant.path is Path.TILED else (None, None)
+        stats = FilterStatistics(unflatten(kept), unflatten(hits), path, unflatten(certificate), *room)
     return LinearCrossEntropyOutput(
         loss,
         lse,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_precision import eager, kernels, variants
+from cce_precision import eager, kernels, linear_cross_entropy, variants
 from cce_precision.analysis.bounds import bound
 from cce_precision.analysis.bounds_model import INTERPRETER
 from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
@@ -17,6 +17,7 @@ from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import Objective, truth
 from cce_precision.eager.filters import hash32, sampled
 from cce_precision.eager.tiles import Columns
+from cce_precision.interface import LinearCrossEntropyOutput
 from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
 
 triton = pytest.importorskip("triton")
@@ -227,3 +228,20 @@ def test_part_of_a_vocabulary_draws_what_the_whole_does() -> None:
     assert compare(total, whole[0], 2 * allowed.dE).holds
     for i in (1, 2):
         assert torch.equal(torch.cat([parts[0][i], parts[1][i]]), whole[i])  # type: ignore[list-item, arg-type]
+
+
+def test_statistics_say_which_way_the_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = exact_problem(8, 40, 4)
+    options = {"impl": "cce_sparse", "filter_eps": EPS, "ignore_index": -1, "return_stats": True}
+    for full in (False, True):
+        seen = overflow(monkeypatch) if full else []
+        e = problem.e.clone().requires_grad_()
+        found = linear_cross_entropy(e, problem.c, problem.targets, problem.bias, **options)  # type: ignore[arg-type]
+        assert isinstance(found, LinearCrossEntropyOutput) and found.stats is not None
+        stats = found.stats
+        assert stats.path == "triton" and stats.blocks is not None and stats.capacity is not None
+        assert int(stats.hits.sum()) / 16 <= int(stats.blocks) <= 8 * 3
+        assert (int(stats.blocks) > stats.capacity) == full
+        found.loss.backward()
+        assert e.grad is not None and bool(e.grad[0].any())
+        assert [int(x) for x in seen] == [1] * full

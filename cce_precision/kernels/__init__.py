@@ -1,7 +1,7 @@
 """The passes as Triton kernels. Importing this costs nothing; Triton is imported by the first call that runs one.
 
 Guarantees: no host synchronisation (a CUDA graph captures both passes), the current device and stream, 64-bit offsets,
-no atomics: every result is bitwise repeatable. Where a call cannot run, `supports` says why.
+every sum in one order: every result is bitwise repeatable. Where a call cannot run, `supports` says why.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from torch import Tensor
 from ..numerics import Accumulation, Operand, Path, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 
-__all__ = ["backward", "forward", "forward_one_pass", "one_pass_fits", "record_shape", "scaled", "supports"]
+__all__ = [
+    "backward",
+    "capacity",
+    "forward",
+    "forward_one_pass",
+    "occupancy",
+    "one_pass_fits",
+    "record_shape",
+    "scaled",
+    "supports",
+]
 
 
 @functools.cache
@@ -172,6 +182,26 @@ def backward(
 
     with _on(problem.e.device):
         return backward_by_runs(problem, plan, heads, upstream, need, record)
+
+
+def capacity(problem: Problem, plan: Plan) -> int | None:
+    """How many blocks of 16 columns, over all tokens, a sparse `backward` has room for: with more in which the filter
+    may keep an entry (`occupancy`) it takes the dense way. None for plans without a sparse way.
+    """
+    if problem.n == 0 or not by_element(plan.variant):
+        return None
+    from .filtered import capacity as run
+    from .hits import kept_filter
+
+    return None if kept_filter(problem, plan) is None else run(problem, plan.workspace_mb)
+
+
+def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
+    """What `capacity` is about, 0-dim int64: as `forward` recorded it, or by one more walk over the logits."""
+    from .filtered import occupancy as run
+
+    with _on(problem.e.device):
+        return run(problem, plan, lse, seed, record)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

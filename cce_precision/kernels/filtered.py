@@ -20,12 +20,12 @@ from .dense import accumulate_product, no_tokens
 from .elements import COLUMNS, ROWS, ElementFilter, write_filtered
 from .fallback import multiply_where
 from .hits import BLOCK, found_again, kept_filter, words_of
-from .lists import lists_of
+from .lists import counts_of, lists_of
 from .sparse import Entries, add_rows, entries_of, finish_blocks
 from .subsets import Tail, members, tail_of
 from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, row_terms, weighted_sum
 
-__all__ = ["backward_filtered"]
+__all__ = ["backward_filtered", "capacity", "occupancy"]
 
 DEFAULT_WORKSPACE_MB = 192
 NARROWEST = 256
@@ -103,6 +103,28 @@ def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
     return hits, hits * BLOCK if hits == n * blocks else hits * 3 // 2
 
 
+def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record: Tensor | None) -> Tensor:
+    """The hits as words (column tiles, N) that are the caller's to change: from the forward pass, or found again."""
+    if record is not None and record.numel() > 0:
+        return words_of(problem, record).clone()
+    return found_again(problem, filt, seed, lse)
+
+
+def capacity(problem: Problem, workspace_mb: int | None) -> int:
+    """How many hits the workspace holds. With more of them a sparse pass takes the dense way."""
+    size = (DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
+    return capacities(problem.n, -(-problem.v // BLOCK), size)[0]
+
+
+def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
+    """How many hits there are, 0-dim int64. Requires `kept_filter`; lse (N,) as in the heads."""
+    filt = kept_filter(problem, plan)
+    assert filt is not None
+    lse = torch.where(problem.targets >= 0, lse, torch.inf)
+    by_block, _ = counts_of(words_for(problem, filt, seed, lse, record), problem.c, lse)
+    return by_block.sum(dtype=torch.int64)
+
+
 def sparse(
     problem: Problem,
     plan: Plan,
@@ -117,8 +139,7 @@ def sparse(
     v, d, device, filt = problem.v, problem.d, problem.e.device, plan.variant.filter_e
     buffers = Buffers.of(problem, plan.workspace_mb, filt.kind is FilterKind.SUBSET)
     lse = terms.terms[0]
-    known = record is not None and record.numel() > 0
-    words = words_of(problem, record).clone() if known else found_again(problem, filt, seed, lse)
+    words = words_for(problem, filt, seed, lse, record)
     kept = ElementFilter.of(filt, problem.operand_dtype, seed)
     lists = lists_of(words, problem.c, lse, buffers.hits)
     del words

@@ -18,7 +18,7 @@ from .hits import BLOCK
 from .launch import config_for
 from .primitives import wide
 
-__all__ = ["BATCH", "Lists", "lists_of"]
+__all__ = ["BATCH", "Lists", "counts_of", "lists_of"]
 
 BATCH = 64  # tokens that one program gathers at a time
 
@@ -140,16 +140,25 @@ def _starts(counts: Tensor) -> Tensor:
     return out
 
 
+def counts_of(words: Tensor, c: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Hits of each block and of each token, int32, of words (column tiles, N), which it changes where an lse is NaN."""
+    tiles, n = words.shape
+    bits = config_for("forward", c).n // BLOCK
+    by_block = torch.empty(tiles * bits, dtype=torch.int32, device=words.device)
+    by_token = torch.zeros(n, dtype=torch.int32, device=words.device)
+    rows = 512 if words.device.type == "cuda" else 64  # interpreted
+    count_kernel[(tiles,)](words, lse, by_block, by_token, n, c.shape[0], ROWS=rows, BITS=bits, WIDTH=BLOCK)
+    return by_block, by_token
+
+
 def lists_of(words: Tensor, c: Tensor, lse: Tensor, capacity: int) -> Lists:
     """The lists of words (column tiles, N), which it changes where an lse is NaN. No host synchronisation."""
     tiles, n = words.shape
     bits = config_for("forward", c).n // BLOCK
     device = words.device
     new = lambda size: torch.empty(size, dtype=torch.int32, device=device)  # noqa: E731
-    column_counts, row_counts = new(tiles * bits), torch.zeros(n, dtype=torch.int32, device=device)
+    column_counts, row_counts = counts_of(words, c, lse)
     small = device.type != "cuda"  # interpreted
-    rows = 64 if small else 512
-    count_kernel[(tiles,)](words, lse, column_counts, row_counts, n, c.shape[0], ROWS=rows, BITS=bits, WIDTH=BLOCK)
     hits = column_counts.sum(dtype=torch.int64)
     fits = (hits <= capacity).to(torch.int32)
     column_counts *= fits
