@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
-from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precision, half_ulp
+from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precision, half_ulp, largest
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
@@ -248,7 +248,9 @@ class _Tiled:
 def _product(left: Computed, right: Tensor, absolute_right: Tensor, extra: Tensor | None = None) -> Contribution:
     """left (B, K) times an exact right (K, D)."""
     error = left.error if extra is None else left.error + extra
-    return Contribution(left.value @ right, error @ absolute_right, left.upper @ absolute_right, right.shape[0])
+    size = left.upper
+    most = largest(size, right)
+    return Contribution(left.value @ right, error @ absolute_right, size @ absolute_right, right.shape[0], most)
 
 
 def _transposed(x: Computed) -> Computed:

@@ -17,6 +17,7 @@ from cce_precision.analysis.bounds_model import (
     Precision,
     half_ulp,
     inexact_additions,
+    largest,
     significand_bits,
 )
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
@@ -74,10 +75,10 @@ def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine, stages: S
     bits = (significand_bits(problem.e.dtype), significand_bits(problem.c.dtype))
     exact, inexact = sum(bits) <= significand_bits(p.dtype), None
     if exact and not machine.block and value.numel() * problem.d <= CLOSE_LOOK:
-        largest = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
-        inexact = inexact_additions(e, c, bits, largest, p.dtype)
+        most = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
+        inexact = inexact_additions(e, c, bits, most, p.dtype)
     operand = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
-    error = machine.products(p, problem.d, absolute, value.abs(), operand, exact, inexact)
+    error = machine.products(p, problem.d, absolute, value.abs(), operand, exact, inexact, largest(e, c))
     return Computed(value, error)
 
 

@@ -26,9 +26,11 @@ __all__ = [
     "Precision",
     "half_ulp",
     "inexact_additions",
+    "largest",
     "significand_bits",
 ]
 
+LEAST_EXPONENT = -133  # to which tensor cores align (`tensor_core.py`)
 LARGEST_EXPONENT = 600.0  # of a bound: exp beyond it would overflow fp64, and says nothing more
 
 
@@ -56,6 +58,11 @@ def _lowest_bit(x: Tensor, bits: int) -> Tensor:
     integer = (fraction * 2.0**bits).to(torch.int64)
     _, place = torch.frexp((integer & -integer).double())
     return torch.where(x == 0, 2**14, exponent - bits + place - 1)
+
+
+def largest(*operands: Tensor) -> float:
+    """The sum of the operands' largest finite magnitudes."""
+    return sum(float(x.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()) for x in operands if x.numel())
 
 
 def inexact_additions(a: Tensor, b: Tensor, bits: tuple[int, int], largest: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,19 +136,24 @@ class Machine:
         operand: torch.dtype,
         exact: bool,
         inexact: Tensor | None = None,
+        largest: float = 0.0,
     ) -> Tensor:
         """Error of sums of `terms` products, `absolute` = sum |a b|, `out` = |sum a b|. `exact`: no product is rounded.
 
         In any order every partial sum is that of a subset, hence at most max(sum of positives, sum of negatives) =
         (absolute + out) / 2 in magnitude; each addition errs by at most half an ulp of one. `inexact` bounds the
         number of additions that can err at all (see `inexact_additions`).
+        `largest`: that of |a| plus that of |b|. A tensor core aligns a subnormal factor as if it were the smallest
+        normal number, so that a block may err by (block + 1) 2^-fraction of that number times the other factor.
         """
         if terms == 0:
             return torch.zeros_like(out)
         if self.block and operand in (torch.bfloat16, torch.float16):
             steps = -(-terms // self.block)
             step = (self.block + 1) * 2.0**-self.fraction + 2.0**-23 + p.u * self.block / 32  # fp32 sums of tiles of 32
-            return steps * step / (1 - steps * step) * absolute
+            normal, cut = torch.finfo(operand).smallest_normal, (self.block + 1) * 2.0**-self.fraction
+            least = steps * (cut * (normal * (largest + normal) + 2.0**LEAST_EXPONENT) + p.tiny)
+            return steps * step / (1 - steps * step) * absolute + torch.where(absolute > 0, least, 0.0)
         growth = 1 + terms * p.u  # a computed partial sum against an exact one
         count = torch.full_like(out, terms - 1)  # the first term is added to 0, or its product rounded by the addition
         if inexact is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows
 from cce_precision.analysis.bounds_logits import precision
-from cce_precision.analysis.bounds_model import Computed, Machine
+from cce_precision.analysis.bounds_model import Computed, Machine, largest
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.problem import Problem
 
@@ -31,19 +31,22 @@ def plain_gradients(
     last = lambda x, dtype: _stored(x, problem, dtype, stages)  # noqa: E731
     value, error, absolute = (torch.zeros_like(c) for _ in range(3))
     bias = [torch.zeros(v, dtype=torch.float64, device=c.device) for _ in range(3)]
-    rows_e, n = [], 0
+    rows_e, n, most = [], 0, 0.0
     for rows in blocks():
         dz = _plain_dz(problem, machine, factors.at(rows.place), rows, weight, stages)
         n += len(rows.targets)
         out, size = dz.value @ c, dz.upper @ c.abs()
-        own = dz.error @ c.abs() + machine.products(p, v, size, out.abs(), stored, exact=False)
+        own = dz.error @ c.abs() + machine.products(
+            p, v, size, out.abs(), stored, exact=False, largest=largest(dz.upper, c)
+        )
+        most = max(most, largest(dz.upper, rows.e))
         rows_e.append(last(Computed(out, own), problem.e.dtype))
         value += dz.value.T @ rows.e
         error += dz.error.T @ rows.e.abs()
         absolute += dz.upper.T @ rows.e.abs()
         for total, part in zip(bias, (dz.value, dz.error, dz.upper), strict=True):
             total += part.sum(0)
-    error = error + machine.products(p, n, absolute, value.abs(), stored, exact=False)
+    error = error + machine.products(p, n, absolute, value.abs(), stored, exact=False, largest=most)
     depth = machine.sum_depth(problem.n, inner=False)
     d_bias = Computed(bias[0], bias[1] + depth * p.u * bias[2])
     bias_dtype = p.dtype if problem.bias is None else problem.bias.dtype

@@ -22,6 +22,7 @@ class Contribution:
     error: Tensor  # from the errors of dZ's entries
     absolute: Tensor  # sum |dZ| |W|, errors included
     terms: int | Tensor  # products added up
+    largest: float = 0.0  # magnitude in dZ plus that in W
     product: bool = True  # whether a matrix product of `terms` terms rounds on top; else `error` is all
 
 
@@ -54,6 +55,7 @@ class SumOnce(Sum):
     absolute: Tensor = field(init=False)
     terms: int | Tensor = 0
     product_terms: int = 0
+    largest: float = 0.0
 
     def __post_init__(self) -> None:
         self.absolute = torch.zeros_like(self.value)
@@ -65,12 +67,14 @@ class SumOnce(Sum):
         if c.product:
             assert isinstance(c.terms, int)
             self.product_terms += c.terms
+            self.largest = max(self.largest, c.largest)
         else:
             self.terms = self.terms + c.terms
 
     def result(self) -> Tensor:
         out = self.value.abs() + self.error
-        lost = self.machine.products(self.products, self.product_terms, self.absolute, out, self.operand, exact=False)
+        size, terms, largest = self.absolute, self.product_terms, self.largest
+        lost = self.machine.products(self.products, terms, size, out, self.operand, exact=False, largest=largest)
         lost = lost + self.terms * self.p.u * (1 + self.terms * self.p.u) * (self.absolute + out) / 2
         total = Computed(self.value, self.error + lost)
         total = Computed(total.value * self.scale, total.error * self.scale).rounded(self.scaling, self.scalings)
@@ -86,7 +90,9 @@ class SumInput(Sum):
         if c.product:
             assert isinstance(c.terms, int)
             size, out = c.absolute, c.value.abs()
-            error = error + self.machine.products(self.products, c.terms, size, out, self.operand, exact=False)
+            error = error + self.machine.products(
+                self.products, c.terms, size, out, self.operand, exact=False, largest=c.largest
+            )
         return Computed(c.value * self.scale, error * self.scale).rounded(self.p, self.scalings)
 
     def add(self, c: Contribution, where: Tensor | None = None) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cce_precision.analysis.bounds import bound
+from cce_precision.analysis import tensor_core as tensor_core_model
+from cce_precision.analysis.bounds import INFLATION, bound
 from cce_precision.analysis.bounds_model import (
     AMPERE,
     CPU,
@@ -24,11 +25,13 @@ from cce_precision.analysis.bounds_model import (
     Precision,
     half_ulp,
     inexact_additions,
+    largest,
     significand_bits,
 )
 from cce_precision.analysis.fuzz import judge
 from cce_precision.analysis.fuzz_problems import Knobs, build, random_knobs
 from cce_precision.analysis.references import Objective
+from cce_precision.analysis.tensor_core_tiles import CATEGORIES, GROUPS, operands, some_outputs
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import ALL
 from tests.strategies import EAGER, knobs
@@ -269,3 +272,30 @@ def test_bounds_are_narrow() -> None:
         assert verdict.holds, str(verdict)
         ratios += [q.bound / q.error for q in verdict.quantities.values() if q.error > 0 and q.bound < math.inf]
     assert statistics.median(ratios) <= 50
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_the_recorded_arithmetic_of_tensor_cores(kind: str, category: str) -> None:
+    """The emulation that gives an H200's outputs bit for bit errs by no more than the bound, subnormals included."""
+    group, tiles = next(g for g in GROUPS if g.format == kind and g.depth == 64), torch.arange(200)
+    call = operands(group, category, tiles, *some_outputs(group, tiles))
+    found = call.expected(tensor_core_model.HOPPER, False).double()
+    a, b, acc = call.a.double()[:, :, None, :], call.b.double()[:, None, :, :], call.acc.double()
+    absolute, out = (a * b).abs().sum(-1) + acc.abs(), ((a * b).sum(-1) + acc).abs()
+    most = largest(a, b)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    allowed = HOPPER.products(SINGLE, 65, absolute, out, dtype, True, largest=most) * INFLATION
+    error = (found - ((a * b).sum(-1) + acc)).abs()
+    finite = found.isfinite()
+    assert (error <= allowed)[finite].all() and finite.double().mean() > 0.5
+
+
+def test_a_subnormal_factor_coarsens_its_block() -> None:
+    """Why the bound looks at the largest factors: 2^-24 counts with the exponent of 2^-14 when terms are aligned."""
+    a = torch.tensor([2.0**-24, *[1791 * 2.0**-24] * 15]).half()
+    b = torch.tensor([1.0, *[1365 * 2.0**-23] * 15]).half()
+    found = tensor_core_model.dot(a, b, torch.zeros(()), tensor_core_model.HOPPER).double()
+    exact = (a.double() * b.double()).sum()
+    bound_of = lambda most: HOPPER.products(SINGLE, 16, exact, exact, torch.float16, True, largest=most)  # noqa: E731
+    assert bound_of(0.0) < (found - exact).abs() <= bound_of(largest(a.double(), b.double()))
