@@ -376,6 +376,25 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms, on or off, and then as they were."""
+    switches = torch.utils.deterministic
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    filled, attention = switches.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[attr-defined]
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch demands of its products
+        switches.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check, and no matter of determinism
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not, whatever the line below says
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+
+
 def run(
     recipe: Recipe,
     tokens: Tokens,
@@ -407,12 +426,6 @@ def run(
             f"batch is {recipe.batch}, it must be a multiple of accumulate x processes = "
             f"{recipe.accumulate} x {accelerator.num_processes}"
         )
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch demands of its products
-        # A check, and no matter of determinism.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass is not, whatever the line below says
-    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     set_seed(recipe.seed)
     model = build(recipe.model, recipe.config, recipe.size, tokens.vocabulary, recipe.context, recipe.weights)
     prepare(model, Method.parse(recipe.method))
@@ -430,7 +443,7 @@ def run(
     heldout = Order(tokens.heldout, recipe.context, 1, 0)
     trainer = Trainer(recipe, out, order, heldout, accelerator, prepared, optimizer, on_row)
     trainer.resume()
-    with _signals() as asked:
+    with _determinism(recipe.deterministic), _signals() as asked:
         finished = trainer.loop(lambda: asked() or stopped())
     if finished and keep_model:
         accelerator.wait_for_everyone()

@@ -207,7 +207,7 @@ def test_sigterm_ends_the_step_and_the_run_resumes_to_the_same_bits(
     ask = stop_at(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     first = run(recipe, tokens, tmp_path, device="cpu", on_row=ask)
     assert not first.finished and 4 <= first.step < SMALL.steps
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before and not torch.are_deterministic_algorithms_enabled()
     second = run(recipe, tokens, tmp_path, device="cpu")
     assert second.finished and facts(second.curve) == facts(read_curve(whole))
 
