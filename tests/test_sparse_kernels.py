@@ -109,6 +109,7 @@ def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatc
         Knobs(n=7, v=33, d=8, impl="cce_subsampled", filter_e_grad=False),
         Knobs(n=5, v=1, d=1, impl="cce_unbiased"),
         Knobs(n=6, v=20, d=3, impl="cce_sparse", filter_eps=None),
+        Knobs(n=6, v=20, d=3, impl="cce_sparse", filter_eps=None, softcap=3.0, label_smoothing=0.2),
         Knobs(n=6, v=20, d=3, impl="cce_sparse", ignored="all", nan_ignored=True),
     ],
     ids=lambda k: k.to_json(),

@@ -100,8 +100,8 @@ def supports(problem: Problem, plan: Plan) -> str | None:
         return f"the kernels take bfloat16, float16 and float32, not {problem.e.dtype}"
     if problem.v == 0 or problem.d == 0:
         return "the kernels need at least one column and one feature"
-    if plan.variant.filtered and plan.want_smooth and problem.softcap is not None:
-        return "label smoothing under a softcap has no kernel for filtered variants"
+    if (plan.variant.filtered or by_element(plan.variant)) and plan.want_smooth and problem.softcap is not None:
+        return f"label smoothing under a softcap has no kernel for impl {plan.variant.name!r}"
     return _machine(problem.e.device) or _variant(plan.variant, problem.e.dtype)
 
 
