@@ -29,7 +29,7 @@ from cce_precision.parallel import common_seed
 from tests.strategies import EAGER, TILED
 
 WORLD = 4
-INTERPRETED = ("cce_exact", "cce")  # between them every kernel that looks at targets
+INTERPRETED = ("cce_exact", "cce", "cce_unbiased")  # between them every kernel that looks at targets
 DRAWN = 2  # random problems a variant, beside the fixed ones
 
 
