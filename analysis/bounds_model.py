@@ -30,7 +30,6 @@ __all__ = [
     "significand_bits",
 ]
 
-LEAST_EXPONENT = -133  # to which tensor cores align (`tensor_core.py`)
 LARGEST_EXPONENT = 600.0  # of a bound: exp beyond it would overflow fp64, and says nothing more
 
 
@@ -144,7 +143,8 @@ class Machine:
         (absolute + out) / 2 in magnitude; each addition errs by at most half an ulp of one. `inexact` bounds the
         number of additions that can err at all (see `inexact_additions`).
         `largest`: that of |a| plus that of |b|. A tensor core aligns a subnormal factor as if it were the smallest
-        normal number, so that a block may err by (block + 1) 2^-fraction of that number times the other factor.
+        normal number, so that a block may err by (block + 1) 2^-fraction of that number times the other factor; and a
+        subnormal accumulator as 2^-126.
         """
         if terms == 0:
             return torch.zeros_like(out)
@@ -152,7 +152,7 @@ class Machine:
             steps = -(-terms // self.block)
             step = (self.block + 1) * 2.0**-self.fraction + 2.0**-23 + p.u * self.block / 32  # fp32 sums of tiles of 32
             normal, cut = torch.finfo(operand).smallest_normal, (self.block + 1) * 2.0**-self.fraction
-            least = steps * (cut * (normal * (largest + normal) + 2.0**LEAST_EXPONENT) + p.tiny)
+            least = steps * (cut * (normal * (largest + normal) + 2.0**-126) + p.tiny)
             return steps * step / (1 - steps * step) * absolute + torch.where(absolute > 0, least, 0.0)
         growth = 1 + terms * p.u  # a computed partial sum against an exact one
         count = torch.full_like(out, terms - 1)  # the first term is added to 0, or its product rounded by the addition

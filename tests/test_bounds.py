@@ -28,6 +28,7 @@ from cce_precision.analysis.bounds_model import (
     largest,
     significand_bits,
 )
+from cce_precision.analysis.bounds_tensor_core import running
 from cce_precision.analysis.fuzz import judge
 from cce_precision.analysis.fuzz_problems import Knobs, build, random_knobs
 from cce_precision.analysis.references import Objective
@@ -289,6 +290,32 @@ def test_the_recorded_arithmetic_of_tensor_cores(kind: str, category: str) -> No
     error = (found - ((a * b).sum(-1) + acc)).abs()
     finite = found.isfinite()
     assert (error <= allowed)[finite].all() and finite.double().mean() > 0.5
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_running_bounds_of_tensor_cores(kind: str, category: str) -> None:
+    """They hold, and are narrower than the bound for every order."""
+    group, tiles = next(g for g in GROUPS if g.format == kind and g.depth == 64), torch.arange(200)
+    call = operands(group, category, tiles, *some_outputs(group, tiles))
+    a, b = call.a[:, :, None, :], call.b[:, None, :, :]
+    allowed = running(a, b, call.acc, HOPPER)
+    exact = (a.double() * b.double()).sum(-1) + call.acc.double()
+    found = call.expected(tensor_core_model.HOPPER, False).double()
+    assert ((found - exact).abs() <= allowed * INFLATION)[found.isfinite()].all()
+    absolute = (a.double() * b.double()).abs().sum(-1) + call.acc.double().abs()
+    most = largest(a.double(), b.double())
+    every_order = HOPPER.products(SINGLE, 80, absolute, exact.abs(), a.dtype, True, largest=most)
+    assert (allowed <= every_order * INFLATION).all()
+    assert category != "plain" or allowed.median() < every_order.median() / 2
+
+
+def test_running_bounds_need_tensor_cores_and_their_operands() -> None:
+    x = torch.ones(16)
+    with pytest.raises(ValueError, match="'cpu' has no tensor cores"):
+        running(x.half(), x.half(), x[0], CPU)
+    with pytest.raises(ValueError, match="float32"):
+        running(x, x.half(), x[0], HOPPER)
 
 
 def test_a_subnormal_factor_coarsens_its_block() -> None:
