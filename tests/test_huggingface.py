@@ -38,7 +38,7 @@ CLASSES = {
     "xlstm": "softcap",
     "cohere": "tied scale",
     "granite": "scale",
-    "falcon_h1": "scale",
+    "hyperclovax": "scale",  # multiplied
     "phi": "bias",
     "gptj": "bias",
     "bert": "tied bias",  # a loss of its own, bias in the decoder

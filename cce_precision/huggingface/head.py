@@ -109,7 +109,10 @@ class HeadHook:
         self.task: Callable[[Tensor, Tensor, Tensor | None], Any] | None = None
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if self.task is None else (HeadInput(args[0], self.task), *args[1:])
+        if self.task is None:
+            return None
+        (hidden,) = args  # nn.Linear takes one
+        return (HeadInput(hidden, self.task),)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HeadHook, ()
@@ -136,7 +139,6 @@ class Request:
         self,
         model: str,
         head: nn.Linear,
-        hook: HeadHook,
         labels: Tensor,
         shift: bool,
         options: Options,
@@ -144,7 +146,6 @@ class Request:
     ) -> None:
         self.model = model
         self.head = head
-        self.hook = hook
         self.labels = labels
         self.shift = shift  # the model may shift them
         self.options = options
@@ -161,19 +162,20 @@ class Request:
             return self._run(hidden, loss)
 
     def _run(self, hidden: Tensor, loss: Loss | None) -> Tensor:
-        before = self.hook.task
+        hook = install(self.head)
+        before = hook.task
         if loss is None:
-            self.hook.task = None
+            hook.task = None
         else:
             override = self.open and self.options.reduction != "mean"
             if override:
                 loss = dataclasses.replace(loss, reduction=self.options.reduction)
             options = self.options.loss
-            self.hook.task = lambda e, c, bias: loss(e, c, bias, options)
+            hook.task = lambda e, c, bias: loss(e, c, bias, options)
         try:
             result = self.head(hidden)
         finally:
-            self.hook.task = before
+            hook.task = before
         if loss is not None:
             if not torch.compiler.is_compiling():
                 self.counts.fused += 1

@@ -162,7 +162,8 @@ def deferred(request: Request) -> Callable[[Tensor, Tensor, Tensor | None], Lazy
     def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        known = None if torch.compiler.is_compiling() else (weight, weight._version)
+        counted = not (torch.compiler.is_compiling() or weight.is_inference())
+        known = (weight, weight._version) if counted else None
         return LazyLogits(
             request, hidden, autocast or hidden.dtype, Formula(weight.shape[0]), autocast=autocast, weight=known
         )
@@ -191,7 +192,9 @@ def _to(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
             dtype = wanted
         elif isinstance(wanted, (torch.device, str, int)) and not isinstance(wanted, bool):
             device = torch.device(wanted)
-            if device.type != x.device.type or device.index not in (None, x.device.index):
+            if device.type == x.device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            if device != x.device:
                 return None
     return x._after(func, args, kwargs, dtype=dtype) if dtype.is_floating_point else None
 
@@ -325,7 +328,7 @@ def _is_contiguous(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
 def _log_softmax(x: LazyLogits, func: Any, args: Any, kwargs: Any) -> Any:
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     dtype = kwargs.get("dtype") or x._dtype
-    if dim not in (-1, x.ndim - 1) or x._formula.normalised or not dtype.is_floating_point:
+    if len(args) > 2 or dim not in (-1, x.ndim - 1) or x._formula.normalised or not dtype.is_floating_point:
         return None
     return x._after(func, args, kwargs, formula=x._formula._replace(normalised=True), dtype=dtype)
 

@@ -56,7 +56,7 @@ class Patch:
         """The class gets its own forward back when no patch of it lives."""
         others = Patch.living[self.cls]
         others.discard(self)
-        if not others:
+        if not others and ORIGINALS in self.cls.__dict__:
             _unwrap_class(self.cls)
 
 
@@ -92,7 +92,7 @@ def _with_labels(
     if patch.options.reduction != "mean":
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     request = Request(
-        type(model).__name__, head, hook, labels, kwargs.get("shift_labels") is None, patch.options, patch.counts
+        type(model).__name__, head, labels, kwargs.get("shift_labels") is None, patch.options, patch.counts
     )
     hook.task = deferred(request)
     try:
@@ -145,7 +145,7 @@ def _adapted(head: Any) -> bool:
 
 def leave(output: Any, training: bool, options: Options) -> Any:
     """The model's output as its caller gets it."""
-    if isinstance(output, LazyLogits):
+    if type(output) is LazyLogits:
         if not options.return_logits:
             return None
         if not training:
@@ -155,11 +155,11 @@ def leave(output: Any, training: bool, options: Options) -> Any:
         return output
     if isinstance(output, dict):  # a ModelOutput
         for name, value in list(output.items()):
-            if isinstance(value, LazyLogits):
+            if type(value) is LazyLogits:
                 output[name] = leave(value, training, options)
         return output
     if isinstance(output, tuple):
-        return tuple(leave(value, training, options) for value in output)
+        return tuple(leave(x, training, options) if type(x) is LazyLogits else x for x in output)
     return output
 
 
@@ -230,8 +230,9 @@ def cce_patch(
     scales, biases and auxiliary losses are whatever it makes of them. Only a forward with labels differs: its logits
     stay uncomputed until something reads them (then the real ones are computed, counted, and a warning names the
     operation), and `F.cross_entropy` of them is one fused call. The logits that such a forward returns are computed
-    when they are read; RuntimeError if the head's weight has changed by then. `generate` and calls without labels are
-    what they were. `cce_counts(model)` tells how many losses were fused.
+    when they are read; RuntimeError if the head's weight has changed by then (which `torch.compile` does not notice).
+    `generate` and calls without labels are what they were. `cce_counts(model)` tells how many losses were fused. A
+    library that replaces the whole forward afterwards brings its own loss: a warning says so.
 
     Raises:
         TypeError: for a model whose head is no plain `nn.Linear`, naming it (a list of heads, a quantised head, an
