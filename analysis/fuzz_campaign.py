@@ -34,7 +34,7 @@ from cce_precision.variants import ALL
 __all__ = ["BACKENDS", "campaign", "replay", "shrink"]
 
 BACKENDS = ("eager", "interpreter", "cuda")
-SECONDS = 300.0  # for one problem, a compilation included
+SECONDS = 1800.0  # for one problem, a compilation and making it small included
 TRIES = 300  # calls that making an example small may take
 FEATURES = 120  # sets of features of a campaign on a GPU
 NUMBERS = ("seed", "scale", "margin", "upstream", "ignored", "nan_ignored")  # knobs that no kernel is compiled for
