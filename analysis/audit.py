@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from cce_precision.analysis.audit_checks import ALLOWANCES, CHECKS, Check, NotOffered, fuzzed, missing
+from cce_precision.analysis.audit_checks import CHECKS, Check, NotOffered, fuzzed, missing
 from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import Target, Unavailable
 from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
@@ -311,9 +310,3 @@ def read(out: Path) -> list[Card]:
         outcomes = tuple(Outcome(**o | {"findings": tuple(o["findings"])}) for o in data.pop("outcomes"))
         cards.append(Card(**data, outcomes=outcomes))
     return cards
-
-
-@functools.cache
-def allowance(check: str) -> str:
-    """What a check's findings are measured by, in words."""
-    return ALLOWANCES[CHECKS[check].allowance]

@@ -361,7 +361,7 @@ def measure(
 @app.command()
 def audit(
     target: list[str] = typer.Argument(
-        help="torch, cut-cross-entropy, liger, fla, quack, a variant, or module:function."
+        [], help="torch, cut-cross-entropy, liger, fla, quack, a variant, or module:function."
     ),
     style: str = typer.Option("ours", help="How module:function takes its arguments: ours, functional, fla, ..."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -382,6 +382,8 @@ def audit(
         with bad_option("--out"):
             console().print(str(audit_page.build(out)))
         return
+    if not target:
+        raise typer.BadParameter("name one or more", param_hint="'TARGET'")
     chosen = list(CHECKS) if checks == "all" else names(checks)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with bad_option("TARGET/--style"):
