@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.tensor_core import HOPPER, Rounding, TensorCore, dot
-from cce_precision.eager.filters import hash32
 
 __all__ = ["CATEGORIES", "GROUPS", "Group", "Mismatch", "Operands", "operands", "record", "replay", "some_outputs"]
 
@@ -111,8 +110,19 @@ class Operands(NamedTuple):
         return dot(self.a[:, :, None, :], self.b[:, None, :, :], self.acc, core, tf32)
 
 
-def _words(seed: int, tile: Tensor, place: Tensor) -> Tensor:
-    return hash32(torch.full((), seed, dtype=torch.int64, device=tile.device), tile, place)
+def _mix(x: Tensor) -> Tensor:
+    """A bijective mixer of 32-bit words held in int64 (constants: C. Wellons, hash-prospector, lowbias32; public
+    domain)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _words(stream: int, tile: Tensor, place: Tensor) -> Tensor:
+    """32-bit words in int64. Frozen: the recording was made with them."""
+    return _mix(_mix(_mix(tile + stream)) ^ _mix((place + 0x9E3779B9) & 0xFFFFFFFF))
 
 
 def _numbers(word: Tensor, low: Tensor, exponents: tuple[int, int], kind: Format, simple: bool) -> Tensor:
