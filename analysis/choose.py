@@ -5,8 +5,8 @@
 
 Errors come from sampled rows (`sampled`); what counts is the upper end of the confidence interval. Where an interval
 straddles the demand, more rows are looked at, in the end all. Variants that sample run with several seeds; what counts
-is the end of a prediction interval for one seed more. Candidates that meet the demand are timed in turn, the fastest of
-some rounds, because what disturbs a round lengthens it; the others once.
+is the end of a prediction interval for one seed more. Candidates that meet the demand are timed in turn, the median of
+some rounds, of more rounds for those near the fastest; the others once.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from cce_precision.problem import Plan, Problem
 from cce_precision.validation import check_tolerance
 from cce_precision.variants import ALL, DEFAULT, get
 
-__all__ = ["Run", "Timer", "candidates", "measured", "names", "table"]
+__all__ = ["Run", "Timer", "candidates", "measured", "names", "race", "table"]
 
 SEEDS = 4  # of variants that sample
 ROUNDS = 5
+NEAR = 1.3  # candidates within it of the fastest are timed for longer
 MORE = 4  # times as many rows where an interval straddles the demand
 NOTHING = Errors(math.nan, math.nan, math.nan)
 
@@ -79,6 +80,29 @@ class Timer:
         return 1e3 * (self._clock() - started)
 
 
+def race(
+    problem: Problem,
+    runs: Sequence[Run],
+    timer: Timer,
+    rounds: int,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda what: None,
+) -> dict[Run, list[float]]:
+    """Times of some rounds, all in turn; those near the fastest are in for twice as many more."""
+    times: dict[Run, list[float]] = {one: [] for one in runs}
+    entered = list(runs)
+    for k in range(3 * rounds):
+        if k == rounds:
+            middle = {one: statistics.median(found) for one, found in times.items()}
+            entered = [one for one in runs if middle[one] <= NEAR * min(middle.values())]
+            if len(entered) < 2:
+                break
+        for one in entered:
+            say(f"{one.impl}: time, round {k + 1} of {rounds if k < rounds else 3 * rounds}")
+            times[one].append(timer(lambda one=one: one(problem, seed)))  # type: ignore[misc]
+    return times
+
+
 @dataclass
 class _Trial:
     """What one candidate has shown so far."""
@@ -94,7 +118,7 @@ class _Trial:
 
     @property
     def time_ms(self) -> float:
-        return min(self.times, default=math.nan)
+        return statistics.median(self.times) if self.times else math.nan
 
 
 def candidates(problem: Problem, impls: Sequence[str] | None = None) -> list[Run]:
@@ -231,8 +255,8 @@ def measured(
         rounds: timed rounds. seed: of the sample and of variants that sample.
         say: told what is being done.
 
-    Returns a `Choice`; errors are the upper ends of the intervals, times the fastest. Raises ValueError for unknown
-    names and bad tolerances.
+    Returns a `Choice`; errors are the upper ends of the intervals, times medians. Raises ValueError for unknown names
+    and bad tolerances.
     """
     check_tolerance(tolerance)
     judge = _Judge(problem, tolerance, memory_mb, rows, confidence, seed)
@@ -257,13 +281,9 @@ def measured(
             trial.failure = "out of memory"
         except (ValueError, RuntimeError, NotImplementedError) as error:  # what a variant cannot do, in its own words
             trial.failure = f"cannot run: {str(error).splitlines()[0][:120]}"
-    able = [trial for trial in trials if not trial.failure]
-    for trial in able:
-        trial.times.clear()
-    for k in range(rounds):
-        for trial in able:
-            say(f"{trial.run.impl}: time, round {k + 1} of {rounds}")
-            trial.times.append(judge.timer(lambda trial=trial: trial.run(problem, seed)))  # type: ignore[misc]
+    able = {trial.run: trial for trial in trials if not trial.failure}
+    for one, times in race(problem, list(able), judge.timer, rounds, seed, say).items():
+        able[one].times = times
     for trial in trials:
         if trial.failure and not trial.times and not math.isnan(trial.memory_mib):
             trial.times.append(judge.timer(lambda trial=trial: trial.run(problem, seed)))  # type: ignore[misc]
@@ -271,7 +291,7 @@ def measured(
     looked = max((trial.rows for trial in trials), default=rows)
     basis = (
         f"measured on the data, {rows} to {looked} rows of each gradient, upper ends of {confidence:.0%} intervals; "
-        f"times: fastest of {rounds} rounds"
+        f"times: median of {rounds} rounds or more"
     )
     found = [
         Candidate(

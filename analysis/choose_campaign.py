@@ -4,11 +4,10 @@
 
 A problem is a case (init, trained, confident, or a captured head at a random stage), a shape, a dtype and a tolerance,
 one in five without one (the promise to be no less exact than `baseline`). `choose.measured` takes a variant. Then every
-variant runs again with another seed against the fp64 truth of the whole problem, and is timed in further rounds, of
-which the fastest counts:
+variant runs again with another seed against the fp64 truth of the whole problem, and is timed in further rounds:
 
     meets   the chosen variant's largest error of dE and dC is within the tolerance
-    ratio   its time over that of the fastest variant that truly meets the tolerance
+    ratio   its time over that of the fastest variant that truly meets the tolerance, the median over the rounds
 
 Rows are appended to OUT/problems.jsonl, one a problem; the same command goes on where it stopped. They are also what
 the table of costs and errors on a CPU is fitted to (`choose_table`). Times are the process's own CPU time.
@@ -19,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -30,7 +30,7 @@ import torch
 from cce_precision.analysis.bench import provenance
 from cce_precision.analysis.bench_job import device_name
 from cce_precision.analysis.cases import CASES, Case
-from cce_precision.analysis.choose import Run, Timer, measured
+from cce_precision.analysis.choose import Run, Timer, measured, race
 from cce_precision.analysis.metrics import relative
 from cce_precision.analysis.references import truth
 from cce_precision.choosing import BASELINE, Errors
@@ -71,25 +71,28 @@ def problem_of(index: int, seed: int) -> tuple[Case, dict[str, Any]]:
 def judge(case: Case, tolerance: float | None, chosen: str | None, impls: Sequence[str]) -> dict[str, Any]:
     """Errors of every variant against the truth, their times in turn, and how the chosen one stands."""
     exact = truth(case)
-    errors, times = {}, {name: [] for name in impls}  # type: dict[str, Errors], dict[str, list[float]]
+    errors: dict[str, Errors] = {}
     for name in impls:
         loss, de, dc = Run(name)(case, FRESH_SEED)
         loss_error = abs(float(loss) - float(exact.value)) / abs(float(exact.value))
         errors[name] = Errors(loss_error, relative(de, exact.dE), relative(dc, exact.dC))
-    timer = Timer(case.e.device)
-    for _ in range(ROUNDS):
-        for name in impls:
-            times[name].append(timer(lambda name=name: Run(name)(case, 0)))  # type: ignore[misc]
-    fastest_round = {name: min(found) for name, found in times.items()}
     limit = errors[BASELINE]
 
     def passes(found: Errors) -> bool:
         return found.gradient <= tolerance if tolerance is not None else found.no_worse_than(limit)
 
     able = [name for name in impls if passes(errors[name])]
-    fastest = min(able, key=lambda name: fastest_round[name]) if able else None
-    met = chosen is None and fastest is None if chosen is None else passes(errors[chosen])
-    ratio = None if fastest is None or chosen is None else fastest_round[chosen] / fastest_round[fastest]
+    timer, times = Timer(case.e.device), {}
+    for group in (able, [name for name in impls if name not in able]):
+        for one, found in race(case, [Run(name) for name in group], timer, ROUNDS).items():
+            times[one.impl] = found
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    slower = {}
+    if chosen is not None:  # rounds in turn: what slows the machine down slows both of a pair
+        slower = {name: statistics.median(a / b for a, b in zip(times[chosen], times[name])) for name in able}
+    fastest = max(slower, key=lambda name: slower[name]) if slower else min(able, key=lambda n: middle[n], default=None)
+    met = fastest is None if chosen is None else passes(errors[chosen])
+    ratio = slower[fastest] if slower and fastest is not None else None
     products = {}
     for dtype in dict.fromkeys((case.operand_dtype, torch.float32)):
         e, c = case.e.to(dtype), case.c.to(dtype)
@@ -99,7 +102,7 @@ def judge(case: Case, tolerance: float | None, chosen: str | None, impls: Sequen
         products[name] = min(timer(lambda: torch.mm(e, c.T, out=out)) for _ in range(ROUNDS))  # noqa: B023
     return {
         "chosen": chosen, "fastest": fastest, "meets": met, "ratio": ratio, "product_ms": products,
-        "variants": {name: {"time_ms": fastest_round[name], **errors[name]._asdict()} for name in impls},
+        "variants": {name: {"time_ms": middle[name], **errors[name]._asdict()} for name in impls},
     }  # fmt: skip
 
 
