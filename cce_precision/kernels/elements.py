@@ -317,7 +317,7 @@ def write_filtered(
         N=config.n,
         K=config.k,
         GROUP=config.group,
-        FLATTEN=config.flatten,
+        FLATTEN=config.flatten and filt.kind != STOCHASTIC,  # whose epilogue leaves no registers for it
         FLAGS=(
             bias is not None,
             problem.softcap is not None,

@@ -121,7 +121,7 @@ def config_of(dtype: str, arch: str) -> Config:
     """The tile of the products of operands of a dtype, whose name ends in "32" or "16"."""
     if dtype.endswith("32"):
         return Config(64, 64, 16, 4, 2)
-    return Config(128, 128, 64, 8, 3) if arch == "sm_90" else Config(64, 64, 64, 4, 3)
+    return Config(128, 128, 64, 8, 3) if arch == "sm_90" else Config(64, 64, 32, 4, 3)
 
 
 def multiply_where(
