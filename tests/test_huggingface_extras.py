@@ -4,6 +4,7 @@ releases of transformers, sharding by FSDP2. What is not installed is skipped, s
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -146,6 +147,25 @@ def test_a_head_that_fsdp_shards_apart(order: str, tmp_path: Path) -> None:
     assert (counts.fused, counts.materialised) == (1, 0)
     assert abs(ours.loss - theirs.loss) <= GRADIENT_ALLOWED * theirs.loss
     assert difference(gradients, theirs.gradients) <= GRADIENT_ALLOWED
+
+
+def test_the_benchmark_of_whole_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cce_precision.analysis import step_bench
+
+    sizes = ["--vocabulary", "512", "--hidden", "32", "--layers", "1", "--batch", "2", "--length", "16"]
+    methods = ["--methods", "unpatched,cce_exact,liger-loss", "--device", "cpu"]
+    step_bench.main([*sizes, *methods, "--steps", "3", "--out", str(tmp_path)])
+    head, plain, patched = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert list(head["refused"]) == ["liger-loss"] and "liger-loss" in (tmp_path / "README.md").read_text()
+    assert patched["fused"] == 4, "three steps and the trial"
+    assert len(plain["losses"]) == 3 and plain["losses"][2] < plain["losses"][0]
+    assert abs(patched["losses"][0] - plain["losses"][0]) <= GRADIENT_ALLOWED * plain["losses"][0]
+    written = (tmp_path / "README.md").read_text()
+    step_bench.main(["--page-only", "--out", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == written
+    with pytest.raises(SystemExit):
+        step_bench.main(["--methods", "tiger"])
+    assert "'tiger' is no method" in capsys.readouterr().err
 
 
 FOLDERS = [Path(name) for name in os.environ.get("CCE_TRANSFORMERS_FOLDERS", "").split(os.pathsep) if name]
