@@ -318,12 +318,10 @@ def resolve(n: int, v: int, d: int, dtype: torch.dtype, backend: str, options: O
 
     Raises ValueError where no variant meets the tolerance, naming the nearest, and where nothing was measured.
     """
-    limit, found = 0, Resolved("", None, math.nan)
-    for limit, *fields in _by_tokens(int(v), int(d), dtype, backend, *options):
-        found = Resolved(*fields)
+    for limit, impl, workspace_mb, error in _by_tokens(int(v), int(d), dtype, backend, *options):  # noqa: B007
         if n <= limit:
             break
-    return found
+    return Resolved(impl, workspace_mb, error)
 
 
 def _by_tokens(
@@ -335,7 +333,7 @@ def _by_tokens(
 
 # What torch.compiler.assume_constant_result does, which would import torch._dynamo (1 to 3 s) with the library.
 for _constant in (_by_tokens, backend_of):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 @functools.lru_cache(maxsize=256)

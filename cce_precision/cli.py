@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import typer
@@ -433,11 +434,13 @@ def choose(
 ) -> None:
     """Which variant to take: by measurement on data, or by prediction for --tokens, --vocab and --dim; exit code 1 if
     none meets the demands."""
+    import torch
+
     from cce_precision import choosing
     from cce_precision.analysis import choose as choices
     from cce_precision.analysis import sampled
 
-    limits = {"tolerance": tolerance or None, "memory_mb": memory_mb or None}
+    limits: dict[str, Any] = {"tolerance": tolerance or None, "memory_mb": memory_mb or None}
     with bad_option():
         if bool(vocab) != bool(dim):
             raise ValueError("--vocab and --dim go together")
@@ -446,9 +449,8 @@ def choose(
         if vocab:
             kind, place = sampled.dtype_of(dtype), sampled.device_of(device)
             title = f"N={tokens or 8192}, V={vocab}, D={dim}, {dtype if kind else 'bf16'}, {place}"
-            found = choosing.choose(
-                tokens or 8192, vocab, dim, device=place, **limits, **({"dtype": kind} if kind else {})
-            )
+            shape = (tokens or 8192, vocab, dim)
+            found = choosing.choose(*shape, dtype=kind or torch.bfloat16, device=place, **limits)
         else:
             case = sampled.load(data or "captured", dtype, tokens or None, device, seed)
             title = f"{case.name}: N={case.n}, V={case.v}, D={case.d}, {case.operand_dtype}, {case.e.device.type}"
