@@ -393,7 +393,10 @@ CHECKS: dict[str, Check] = {
             "confident rows",
             "Is the relative accuracy kept where the target is nearly certain, 1 - p from 1e-2 to 1e-8?",
             "careful",
-            each(("bf16", "fp32"), *(Trial(pattern="confident", complement=10.0**-k) for k in (2, 4, 6, 8))),
+            (
+                *each(("bf16", "fp32"), *(Trial(pattern="confident", complement=10.0**-k) for k in (2, 4, 6, 8))),
+                Trial(pattern="confident", complement=1e-6, dtype="fp16", stretch=10),
+            ),
             careful,
         ),
         Check(

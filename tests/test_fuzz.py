@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -135,6 +136,21 @@ def test_straddling_probabilities_surround_the_threshold() -> None:
 
 
 # What campaigns found, made small.
+FOUND = {
+    "the entropy's factor rounded with a subnormal probability": Knobs(
+        seed=1748798990,
+        n=3,
+        v=21,
+        d=2,
+        impl="cce_kahan_full_e",
+        e_dtype="fp32",
+        margin=25.0,
+        upstream="random",
+        ignored="some",
+        use_entropy=True,
+        z_loss=True,
+    ),
+}
 FOUND_IN_KERNELS = {
     "masked classes in the entropy's gradient: 0 times an overflow": Knobs(
         seed=1117810289,
@@ -148,6 +164,13 @@ FOUND_IN_KERNELS = {
     ),
     "probabilities below the normal range": Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0),
 }
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_a_campaign_found_holds(name: str) -> None:
+    for impl in (FOUND[name].impl, "cce_exact", "cce_split"):
+        verdict = judge(dataclasses.replace(FOUND[name], impl=impl))
+        assert verdict.holds, str(verdict)
 
 
 @pytest.mark.interpreter
