@@ -35,6 +35,7 @@ __all__ = ["BACKENDS", "campaign", "replay", "shrink"]
 
 BACKENDS = ("eager", "interpreter", "cuda")
 SECONDS = 1800.0  # for one problem, a compilation and making it small included
+SHRINKING = 60.0  # of the processor, for making an example small
 TRIES = 300  # calls that making an example small may take
 FEATURES = 120  # sets of features of a campaign on a GPU
 NUMBERS = ("seed", "scale", "margin", "upstream", "ignored", "nan_ignored")  # knobs that no kernel is compiled for
@@ -87,7 +88,9 @@ def _row(index: int, seed: int, impls: Sequence[str], backend: str) -> Row:
     row = {"index": index, "seed": seed, "backend": backend, "knobs": json.loads(knobs.to_json())}
     row |= _judgement(knobs, backend)
     if not holds(row):
-        small = shrink(knobs, lambda k: _runs(k, backend) and not holds(_judgement(k, backend)), _smaller)
+        ends = time.process_time() + SHRINKING
+        fails = lambda k: time.process_time() < ends and _runs(k, backend) and not holds(_judgement(k, backend))  # noqa: E731
+        small = shrink(knobs, fails, _smaller)
         row["small"] = json.loads(small.to_json())
     return row
 
