@@ -149,6 +149,26 @@ def test_a_head_that_fsdp_shards_apart(order: str, tmp_path: Path) -> None:
     assert difference(gradients, theirs.gradients) <= GRADIENT_ALLOWED
 
 
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel(options: dict[str, bool], tmp_path: Path) -> None:
+    from torch import distributed
+
+    start = build("llama").train()
+    batch = inputs("llama", start)
+    theirs = step(copy.deepcopy(start), batch)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(start), **options)
+        assert cce_patch(model) is model
+        ours = step(model, batch)
+    finally:
+        distributed.destroy_process_group()
+    assert (cce_counts(model).fused, cce_counts(model).materialised) == (1, 0)
+    gradients = {name.removeprefix("module."): x for name, x in ours.gradients.items()}
+    assert difference(gradients, theirs.gradients) <= GRADIENT_ALLOWED
+    uncce_patch(model)
+
+
 def test_the_benchmark_of_whole_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from cce_precision.analysis import step_bench
 
