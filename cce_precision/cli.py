@@ -388,7 +388,7 @@ def audit(
     chosen = list(CHECKS) if checks == "all" else names(checks)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with bad_option("TARGET/--style"):
-        targets = [found for text in target for found in audit_targets.targets(text, style)]
+        targets = list(dict.fromkeys(found for text in target for found in audit_targets.targets(text, style)))
     screen = console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with bad_option("--device/--checks"), Progress(*columns, console=screen) as bar:
