@@ -16,7 +16,7 @@ from cce_precision.analysis.figures import Figure, Panel, mark, text_colour
 __all__ = ["draw", "plotly_figure"]
 
 INK, GRID = "#1f2328", "#e3e6ea"
-GAP = 0.2  # between panels: names of curves, or an axis' own
+GAP, WIDE_GAP = 0.2, 0.27  # between panels: names of curves, or an axis' own; names of bars with their totals
 LEGEND = {
     "orientation": "h",
     "yref": "container",
@@ -192,12 +192,12 @@ def _axes(panel: Panel, suffix: str) -> dict[str, dict[str, Any]]:
     return {f"xaxis{suffix}": x, f"yaxis{suffix}": y}
 
 
-def _domains(i: int, count: int) -> dict[str, dict[str, list[float]]]:
+def _domains(i: int, count: int, gap: float) -> dict[str, dict[str, list[float]]]:
     """Where panel i of `count` lies on a wide page (side by side) and on a narrow one (one below the other)."""
-    width = (1 - GAP * (count - 1)) / count
+    width = (1 - gap * (count - 1)) / count
     height = (1 - GAP * (count - 1)) / count
     top = 1 - i * (height + GAP)
-    across = {"x": [i * (width + GAP), i * (width + GAP) + width], "y": [0.0, 1.0]}
+    across = {"x": [i * (width + gap), i * (width + gap) + width], "y": [0.0, 1.0]}
     return {"wide": across, "narrow": {"x": [0.0, 1.0], "y": [max(0.0, top - height), top]}}
 
 
@@ -215,7 +215,7 @@ def plotly_figure(figure: Figure) -> dict[str, Any]:
     for i, panel in enumerate(figure.panels):
         suffix = str(i + 1) if i else ""
         data += _plotly_traces(panel, {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}, seen)
-        for where, domain in _domains(i, count).items():
+        for where, domain in _domains(i, count, WIDE_GAP if panel.stacked else GAP).items():
             axes = {name: axis | {"domain": domain[name[0]]} for name, axis in _axes(panel, suffix).items()}
             layouts[where] |= axes
             layouts[where].setdefault("annotations", []).extend(_annotations(panel, suffix, domain))

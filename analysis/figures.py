@@ -344,7 +344,7 @@ def _by_metric(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
 def _segments(wide: pd.DataFrame, columns: dict[str, list[str]], total: str) -> tuple[tuple[str, ...], list[Series]]:
     """Bars, one a variant and named with its `total`: segments by name, each the sum of some metrics."""
     known = wide[wide[total].notna()] if total in wide else wide[:0]
-    names = {v: f"{v}  {known.loc[v, total]:.1e}" for v in _order(known.index)}
+    names = {v: f"{v}  {known.loc[v, total]:.2g}" for v in _order(known.index)}
     series = []
     for name, parts in columns.items():
         there = [part for part in parts if part in known]
