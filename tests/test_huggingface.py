@@ -334,17 +334,21 @@ def test_a_model_comes_back(llama: Any) -> None:
     uncce_patch(llama)
 
 
-def test_a_forward_that_somebody_replaces_is_noticed(llama: Any) -> None:
+def test_a_loss_that_is_somebody_elses_is_said_once(llama: Any) -> None:
     own, batch = llama.forward, given(llama)
     cce_patch(llama)
-    llama.forward = lambda **inputs: uncce_patch(build("llama"))(**inputs)
-    with pytest.warns(UserWarning, match="forward of LlamaForCausalLM has been replaced"):
+    llama.forward = lambda **inputs: build("llama")(**inputs)
+    with pytest.warns(UserWarning, match="somebody has replaced the forward since, so the loss of LlamaForCausalLM"):
         llama(**batch)
-    llama.forward = own  # and patched after all
-    cce_patch(llama)
+    cce_patch(llama)  # after them: it runs, but the head is not called
+    with pytest.warns(UserWarning, match="does not call the head"):
+        llama(**batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         llama(**batch)
+        uncce_patch(llama)
+        llama.forward = own
+        cce_patch(llama)(**batch)
     assert cce_counts(llama).fused == 1
 
 

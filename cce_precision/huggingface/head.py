@@ -151,6 +151,7 @@ class Request:
         self.options = options
         self.counts = counts
         self.open = True  # the model's forward has not returned
+        self.called = False  # the head, by it
 
     def run(self, hidden: Tensor, loss: Loss | None, autocast: torch.dtype | None) -> Tensor:
         """The head's own call on (..., D) hidden states, its product or the loss in its place, under the autocast that

@@ -160,6 +160,7 @@ def deferred(request: Request) -> Callable[[Tensor, Tensor, Tensor | None], Lazy
     """What to do in place of the head's product while a model's forward runs: nothing yet."""
 
     def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
+        request.called = True
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         counted = not (torch.compiler.is_compiling() or weight.is_inference())

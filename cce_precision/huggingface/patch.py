@@ -46,11 +46,22 @@ class Patch:
         self.options = options
         self.counts = Counts()
         self.reached = False  # by the forward that runs now
+        self.told = False  # that the loss is somebody else's
         _wrap_class(cls)
         Patch.living.setdefault(cls, weakref.WeakSet()).add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Patch, (self.cls, self.options)  # a copy patches its class too, in whatever process it is made
+
+    def foreign(self, model: nn.Module, why: str) -> None:
+        """Says, once, that a loss is none of ours."""
+        if not (self.told or torch.compiler.is_compiling()):
+            self.told = True
+            warnings.warn(
+                f"cce_patch: {why}, so the loss of {type(model).__name__} is not that of linear_cross_entropy; "
+                "a library that brings a loss of its own (Liger, newer TRL) has to leave it out",
+                stacklevel=2,
+            )
 
     def retire(self) -> None:
         """The class gets its own forward back when no patch of it lives."""
@@ -100,6 +111,8 @@ def _with_labels(
     finally:
         hook.task = None
         request.open = False
+    if not request.called:
+        patch.foreign(model, "its forward does not call the head")
     return leave(output, model.training, patch.options)
 
 
@@ -126,12 +139,8 @@ def watch(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> N
     if patch is None or kwargs.get("labels") is None:
         return
     reached, patch.reached = patch.reached, False
-    if not reached and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"cce_patch: the forward of {type(model).__name__} has been replaced since it was patched, and its loss "
-            "with it (as TRL and Liger do): call cce_patch after them, or leave their loss out",
-            stacklevel=2,
-        )
+    if not reached:
+        patch.foreign(model, "somebody has replaced the forward since")
 
 
 def _watched(model: Any) -> None:
