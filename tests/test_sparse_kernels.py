@@ -120,6 +120,13 @@ def test_other_calls_are_within_the_bounds(k: Knobs) -> None:
     assert verdict.holds, str(verdict)
 
 
+def test_the_target_of_a_confident_token_survives_fp16() -> None:
+    """1 - P_t of 1e-6: its parts in fp16 would lie below the smallest subnormal."""
+    k = Knobs(seed=186532, n=1, v=15, d=8, impl="cce_unbiased", e_dtype="fp16", pattern="same-sign", scale=0.25)
+    verdict = judge(dataclasses.replace(k, margin=40.0, temperature=0.7, class_weight=True, filter_eps=1.0))
+    assert verdict.holds, str(verdict)
+
+
 @pytest.mark.parametrize("impl", ["cce_sparse", "cce_unbiased"])
 def test_the_entries_are_those_of_the_definition(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, kept = exact_problem(), []
