@@ -291,10 +291,17 @@ def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]
 
 
 def write(cards: Iterable[Card], out: Path) -> None:
-    """Cards as files, out/cards/TARGET-DEVICE.json; those of other targets stay."""
+    """Cards as files, out/cards/TARGET-DEVICE.json. Other cards stay, and so do checks that were not asked again."""
     folder = out / "cards"
     folder.mkdir(parents=True, exist_ok=True)
+    old = {card.name: card for card in (read(out) if any(folder.iterdir()) else ())}
     for card in cards:
+        before = old.get(card.name)
+        if before is not None and (before.version, before.software) == (card.version, card.software):
+            outcomes = {o.check: o for o in (*before.outcomes, *card.outcomes)}
+            order = [name for name in CHECKS if name in outcomes]
+            command = card.command if len(order) == len(card.outcomes) else f"{before.command}; {card.command}"
+            card = dataclasses.replace(card, command=command, outcomes=tuple(outcomes[name] for name in order))
         text = json.dumps(dataclasses.asdict(card), indent=1, allow_nan=False)
         (folder / f"{card.name}.json").write_text(text + "\n")
 

@@ -181,6 +181,11 @@ def test_cards_and_page(tmp_path: Path) -> None:
     (again,) = read(tmp_path)
     assert again.outcomes[0] == card.outcomes[0] and again.outcomes[1] == bad
     assert "1 pass, 1 fail" in audit_page.sentence(again)
+    write([dataclasses.replace(card, outcomes=(dataclasses.replace(bad, summary="again"),), command="more")], tmp_path)
+    (merged,) = read(tmp_path)  # a check asked again, the other kept
+    assert [o.summary for o in merged.outcomes] == ["again", card.outcomes[0].summary]
+    assert merged.command == "the command; more"
+    write([again], tmp_path)
     text = audit_page.build(tmp_path).read_text()
     assert "assert 1 &lt; 0" in text and "dE &lt;off&gt;" in text and "the command" in text
     json.loads((tmp_path / "cards" / "correct-cpu.json").read_text())
