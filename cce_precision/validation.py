@@ -83,7 +83,7 @@ def check_options(options: Options) -> None:
         allowed = "None or a finite number > 0" if optional else "a finite number > 0"
         if not _is_number(value):
             raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-        if not (math.isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
+        if not (0 < value < math.inf):  # type: ignore[arg-type, operator]
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
     if not _is_number(o.label_smoothing):
         raise TypeError(
@@ -114,7 +114,7 @@ def check_tolerance(tolerance: object, variant: Variant | None = None) -> None:
         return
     if not _is_number(tolerance):
         raise TypeError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
-    if not (math.isfinite(tolerance) and tolerance > 0):  # type: ignore[arg-type, operator]
+    if not (0 < tolerance < math.inf):  # type: ignore[arg-type, operator]
         raise ValueError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
     if variant is not None:
         raise ValueError(
