@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from cce_precision import Filter, FilterKind, Granularity, LinearCrossEntropy, VocabParallelOptions, compute_z_loss
+from cce_precision import Filter, FilterKind, Granularity, LinearCrossEntropy, compute_z_loss
 from cce_precision import linear_cross_entropy as lce
 from cce_precision.numerics import Accumulation, Variant
 
@@ -127,7 +127,7 @@ BAD = (
     Bad("impl", "nonsense", "'nonsense'", "cce_kahan_full_c"),
     Bad("impl", 3, "int", "Variant", TypeError),
     Bad("impl", None, "NoneType", "Variant", TypeError),
-    Bad("vocab_parallel_options", VocabParallelOptions(0, 5), "", "None"),
+    Bad("vocab_parallel_options", "all", "str", "VocabParallelOptions", TypeError),
     # options that a variant cannot honour, or nobody can
     Bad("filter_eps", "high", "'high'", "'auto'", (TypeError, ValueError)),  # type: ignore[arg-type]
     Bad("filter_eps", -1e-3, "-0.001", "[0, 1]"),
