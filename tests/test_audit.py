@@ -55,7 +55,14 @@ def test_a_careful_implementation_passes(name: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("defect", [name for name in DEFECTS if name != "crashes_on_odd_sizes"])
+@pytest.mark.parametrize(
+    "defect",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "wrong_when_compiled" else ())  # a compiler's start
+        for name in DEFECTS
+        if name != "crashes_on_odd_sizes"
+    ],
+)
 def test_a_defect_is_caught_by_its_check(defect: str) -> None:
     outcome = examine((broken(defect), "cpu", DEFECTS[defect]))
     assert outcome.status == "fail", outcome.summary

@@ -249,6 +249,7 @@ def test_the_wheel_holds_all_and_works_elsewhere(source: Path, tmp_path: Path) -
     assert float(loss) > 0
 
 
+@pytest.mark.slow
 def test_the_sdist_makes_the_same_wheel(source: Path, tmp_path: Path) -> None:
     code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)

@@ -352,6 +352,7 @@ def test_a_loss_that_is_somebody_elses_is_said_once(llama: Any) -> None:
     assert cce_counts(llama).fused == 1
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_are_patched_too(llama: Any, tmp_path: Path) -> None:
     batch = given(llama)
     cce_patch(llama, return_logits=False)

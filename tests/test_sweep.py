@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_whole_parts_and_the_command_resumes(head: Path, tmp_path:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cce_precision", "report", "--data", str(head)]
     command += ["--variants", "cce_sparse,baseline"]
-    command += ["--dtype", "bf16", "--out", str(out)]
+    command += ["--dtype", "bf16", "--out", str(out), "--no-budget"]
     process = subprocess.Popen(
         [*command, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
@@ -262,7 +262,7 @@ def test_ctrl_c_leaves_whole_parts_and_the_command_resumes(head: Path, tmp_path:
     again = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0, again.stdout + again.stderr
     table = pd.read_parquet(out / "results.parquet")
-    plan = small(head, variants=("cce_sparse", "baseline"), eps=None, budget=True)
+    plan = small(head, variants=("cce_sparse", "baseline"), eps=None)
     here = sweep.run(plan, tmp_path / "here", engines.local).table
     pd.testing.assert_frame_equal(sweep.identity(table), sweep.identity(here), check_exact=True)
     assert (out / "index.html").exists() and (out / "figures" / "error-head-bf16.svg").exists()
@@ -311,6 +311,7 @@ def test_the_local_engine_leaves_the_number_of_threads_as_it_was(head: Path, tmp
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow  # half a minute, most of it Ray's own start
 def test_two_ray_workers_give_the_identical_table(head: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'cce-precision[ray]'")
     plan = small(head)

@@ -339,7 +339,7 @@ def test_no_tensor_is_larger_than_one_tile_row(impl: str, workspace_mb: int | No
     """Neither pass makes a tensor of more than 128 x V elements, nor larger than its share of the workspace,
     gradients apart.
     """
-    problem = dataclasses.replace(problem_of(n=700, v=5000, d=4), bias=torch.zeros(5000), softcap=5.0)
+    problem = dataclasses.replace(problem_of(n=300, v=5000, d=4), bias=torch.zeros(5000), softcap=5.0)
     plan = Plan(ALL[impl], softcap=5.0, want_entropy=True, want_smooth=True, workspace_mb=workspace_mb)
     ones = torch.ones(problem.n)
     with largest_tensor() as seen:
