@@ -25,7 +25,7 @@ $(VENV)/.run: pyproject.toml
 
 # What the tests need on top.
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --no-build-isolation -e ".[report,dev,ray]"
+	$(PIP) --no-build-isolation -e ".[report,dev]"
 	touch $@
 
 report: $(VENV)/.run

@@ -48,6 +48,7 @@ def test_an_example_is_tested_and_says_how_it_is_run(path: Path) -> None:
     assert re.search(rf"\b{path.stem}\b", Path(__file__).read_text())
 
 
+@pytest.mark.slow
 def test_an_example_runs_as_a_script() -> None:
     command = [sys.executable, str(EXAMPLES / "training_loop.py")]
     root = str(EXAMPLES.parent)

@@ -54,6 +54,7 @@ def test_campaign_reports_what_it_finds(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(found["violations"]) == 2 and "out of order" in found["violations"][0]["error"]
 
 
+@pytest.mark.slow
 def test_campaign_in_other_processes_and_in_the_interpreter(tmp_path: Path) -> None:
     """The same problems in another process as in this one; kernels interpreted in a process of their own."""
     names = ("cce_exact", "cce_split")
@@ -101,6 +102,7 @@ def double(x: int) -> int:
     return 2 * x
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_sleeps_costs_one_task() -> None:
     found = dict(isolated(double, (0, 1, 2, 4, 3, 5, 6), workers=1, seconds=2))
     assert found[3] == Lost("its process ended with code 7") and found[4] == Lost("no answer within 2 s")

@@ -150,7 +150,7 @@ def test_a_bound_stands_beside_its_error() -> None:
     assert all(float(s.x[1]) == 8 * float(s.x[0]) for panel in bounds.panels for s in panel.series)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_numbers_that_are_none_are_left_out_of_the_figures(bad: float, tmp_path: Path) -> None:
     table = made_up_table()
     table.loc[table["variant"].isin(["cce", "baseline"]) & table["quantity"].isin(["dE", "dC"]), "value"] = bad

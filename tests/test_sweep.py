@@ -242,6 +242,7 @@ def test_an_interrupted_sweep_resumes_to_the_same_table(head: Path, tmp_path: Pa
     pd.testing.assert_frame_equal(sweep.identity(resumed), sweep.identity(whole))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_parts_and_the_command_resumes(head: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cce_precision", "report", "--data", str(head)]
