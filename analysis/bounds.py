@@ -29,7 +29,7 @@ from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, INTERPRETER
 from cce_precision.analysis.bounds_plain import plain_gradients
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages
 from cce_precision.analysis.references import Objective, Quantities
-from cce_precision.eager.tiles import block_shape, target_positions, vocabulary_order
+from cce_precision.eager.tiles import block_shape, vocabulary_order
 from cce_precision.numerics import Path
 from cce_precision.problem import Plan, Problem
 
@@ -52,7 +52,7 @@ class Call:
         self.valid = (problem.targets >= 0).nonzero()[:, 0]
         self.order = vocabulary_order(problem, self.variant, self.valid) if self.tiled else None
         self.ids = torch.arange(problem.v, device=problem.e.device) if self.order is None else self.order
-        self.targets = target_positions(problem, self.order)
+        self.targets = problem.positions(self.order)
         self.c = problem.c.detach().double()[self.ids]
         self.bias = None if problem.bias is None else problem.bias.detach().double()[self.ids]
         self.weight = objective.column_weight(problem, problem.e.device)[self.ids]

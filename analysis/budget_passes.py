@@ -28,7 +28,6 @@ from cce_precision.eager.tiles import (
     column_blocks,
     local_targets,
     row_blocks,
-    target_positions,
     valid_rows,
     vocabulary_order,
 )
@@ -125,7 +124,7 @@ class _Tiled:
         self.seed = torch.full((), seed, dtype=torch.int64)
         self.rows = valid_rows(problem)
         self.order = vocabulary_order(problem, self.variant, self.rows)
-        self.targets = target_positions(problem, self.order)
+        self.targets = problem.positions(self.order)
         self.late = power_of_two(g[self.rows])
         self.g = g / self.late
         self.nll, self.lse = self.heads()

@@ -176,6 +176,15 @@ class Problem:
     def d(self) -> int:
         return self.e.shape[1]
 
+    def positions(self, order: Tensor | None) -> Tensor:
+        """Targets (N,) as positions in a visiting order (V,) of the columns; -1 and ELSEWHERE stay as they are."""
+        if order is None:
+            return self.targets
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel(), device=order.device)
+        here = (self.targets >= 0) & (self.targets < self.v)
+        return torch.where(here, rank[self.targets.clamp(0, self.v - 1)], self.targets)
+
     @property
     def operand_dtype(self) -> torch.dtype:
         """The common dtype of e and c: dZ is rounded to it, and `auto` thresholds derive from it."""

@@ -126,7 +126,7 @@ def test_the_record_of_the_forward_pass_loses_no_tile(case: str) -> None:
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     if case in ("flat", "peaked"):
         order = dense.visiting_order(problem, plan, problem.e)
-        place = dense.positions(problem.targets, order)
+        place = problem.positions(order)
         tokens = torch.arange(n)
         (chosen,) = record.candidates(bits, problem, order, v, tokens, heads.lse, place, variant.tile)
         holds_target = torch.zeros_like(chosen)

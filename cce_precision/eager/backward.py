@@ -23,7 +23,6 @@ from .tiles import (
     column_blocks,
     local_targets,
     row_blocks,
-    target_positions,
     valid_rows,
     vocabulary_order,
 )
@@ -85,7 +84,7 @@ class Backward:
         self.factors = RowFactors.of(upstream, total_weight, self.rows, heads.lse)
         self.scale = self.factors.scale / problem.temperature
         self.order = vocabulary_order(problem, self.variant, self.rows)
-        self.targets = target_positions(problem, self.order)
+        self.targets = problem.positions(self.order)
         self.complement = -torch.expm1(-heads.nll)  # 1 - P_t
         # What a tile filter compares at the target: |P - onehot|, and P too where a head beside nll has a gradient.
         self.at_target = self.complement if upstream.of_nll_alone else self.complement.maximum(torch.exp(-heads.nll))

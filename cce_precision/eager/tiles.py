@@ -105,13 +105,3 @@ def local_targets(targets: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
     """For target positions (rows,): which lie in this run of columns, and where (0 for the others)."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return inside, torch.where(inside, targets - columns.start, 0)
-
-
-def target_positions(problem: Problem, order: Tensor | None) -> Tensor:
-    """Targets (N,) in visiting order; -1 and ELSEWHERE stay as they are."""
-    if order is None:
-        return problem.targets
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    here = (problem.targets >= 0) & (problem.targets < problem.v)
-    return torch.where(here, rank[problem.targets.clamp(0, problem.v - 1)], problem.targets)

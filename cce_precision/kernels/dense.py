@@ -98,16 +98,6 @@ def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
     return torch.sort(key, descending=True, stable=True).indices
 
 
-def positions(targets: Tensor, order: Tensor | None) -> Tensor:
-    """Targets (N,) in visiting order; -1 and ELSEWHERE stay as they are."""
-    if order is None:
-        return targets
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    v = order.numel()
-    return torch.where((targets >= 0) & (targets < v), rank[targets.clamp(0, v - 1)], targets)
-
-
 def tile_filter_of(problem: Problem, plan: Plan) -> TileFilter | None:
     variant = plan.variant
     filters = [f for f in (variant.filter_e, variant.filter_c) if f]
@@ -197,7 +187,7 @@ def walk_runs(
     variant = plan.variant
     e = clean_rows(problem)
     order = visiting_order(problem, plan, e)
-    targets = positions(problem.targets, order)
+    targets = problem.positions(order)
     terms = row_terms(problem, plan, heads, upstream, targets)
     tile_filter = tile_filter_of(problem, plan)
     segments = None if terms.label_inside else TokensByTarget.of(targets, v)
