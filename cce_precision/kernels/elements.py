@@ -18,7 +18,21 @@ from ..numerics import Filter, FilterKind
 from ..problem import Problem
 from .heads import operand
 from .launch import config_for, descriptor_fits, multiprocessors, precision_of
-from .primitives import INTERPRETED, LOG2E, cap, grouped, hash32, load_tile, mix32, multiply_add, round_to, wide
+from .primitives import (
+    DRAWN,
+    INTERPRETED,
+    LOG2E,
+    cap,
+    column_word,
+    grouped,
+    hash32,
+    load_tile,
+    mix32,
+    multiply_add,
+    round_to,
+    row_word,
+    wide,
+)
 from .terms import RowTerms
 
 __all__ = ["DROP", "STOCHASTIC", "ElementFilter", "members_drawn", "sampled", "seed_words", "write_filtered"]
@@ -43,27 +57,16 @@ def seed_words(seed):
 def threshold(eps, rows, columns, low, high):
     """eps times a uniform draw in (0, 1] for each (row, column); rows and columns int32, broadcast.
 
-    The last mixing of hash32 is one block of instructions an entry, or the compiler holds a whole tile's words.
+    The words are those of hash32.
     """
-    by_row = mix32(mix32(rows.to(tl.uint32) ^ mix32(low)) ^ high)
-    by_column = mix32(columns.to(tl.uint32) + 0x9E3779B9)
+    by_row = row_word(low, high, rows.to(tl.uint32))
+    by_column = column_word(columns.to(tl.uint32))
     if INTERPRETED:
         return eps * ((mix32(by_row ^ by_column).to(tl.float32) + 0.5) * 2.3283064365386963e-10)
     else:
         u = tl.inline_asm_elementwise(
-            """{
-            .reg .u32 word, high;
-            .reg .f32 u;
-            xor.b32 word, $1, $2;
-            shr.u32 high, word, 16;
-            xor.b32 word, word, high;
-            mul.lo.u32 word, word, 0x7FEB352D;
-            shr.u32 high, word, 15;
-            xor.b32 word, word, high;
-            mul.lo.u32 word, word, 0x846CA68B;
-            shr.u32 high, word, 16;
-            xor.b32 word, word, high;
-            cvt.rn.f32.u32 u, word;
+            DRAWN
+            + """
             add.rn.f32 u, u, 0f3F000000;
             mul.rn.f32 $0, u, 0f2F800000;
             }""",

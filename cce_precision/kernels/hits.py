@@ -25,14 +25,25 @@ from .elements import seed_words
 from .heads import combine_kernel, operand, splits_of
 from .heads import forward as forward_heads
 from .launch import config_for, descriptor_fits, precision_of
-from .primitives import INTERPRETED, cap, grouped, load_tile, mix32, multiply_add, online_softmax_update, wide
-from .record import first_bounds_kernel
+from .primitives import (
+    DRAWN,
+    INTERPRETED,
+    cap,
+    column_word,
+    grouped,
+    load_tile,
+    mix32,
+    multiply_add,
+    online_softmax_update,
+    row_word,
+    wide,
+)
+from .record import SLACK, first_bounds_kernel
 
 __all__ = ["BLOCK", "forward", "found_again", "kept_filter", "leaves_record", "record_shape", "words_of"]
 
 BLOCK = 16  # columns
 FIRST_COLUMNS = 2048  # whose log-sum-exp is known before the walk
-SLACK = 0.0625  # in base 2: a bound and a logit come from different sums, which must not part at the threshold
 _COMBINE_ROWS = 128
 
 
@@ -80,34 +91,20 @@ def block_bits(z, lowest, scale, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def chances(z, scale, by_row, by_column):
-    """scale z - log2(u) for the uniform draws u of the words mix32(by_row ^ by_column), to within `SLACK`.
-
-    One block of instructions an entry, or the compiler holds the words of a whole tile in registers.
-    """
+    """scale z - log2(u) for the uniform draws u of the words mix32(by_row ^ by_column), to within `SLACK`."""
     if INTERPRETED:
         word = mix32(by_row ^ by_column)
         return z * scale - tl.log2((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
     else:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .u32 word, high;
-            .reg .f32 u;
-            xor.b32 word, $2, $3;
-            shr.u32 high, word, 16;
-            xor.b32 word, word, high;
-            mul.lo.u32 word, word, 0x7FEB352D;
-            shr.u32 high, word, 15;
-            xor.b32 word, word, high;
-            mul.lo.u32 word, word, 0x846CA68B;
-            shr.u32 high, word, 16;
-            xor.b32 word, word, high;
-            cvt.rn.f32.u32 u, word;
+            DRAWN
+            + """
             fma.rn.f32 u, u, 0f2F800000, 0f2F000000;
             lg2.approx.f32 u, u;
-            sub.f32 $0, $1, u;
+            sub.f32 $0, $3, u;
             }""",
-            "=f,f,r,r",
-            [z * scale, by_row, by_column],
+            "=f,r,r,f",
+            [by_row, by_column, z * scale],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -122,7 +119,7 @@ def drawn_bits(z, lowest, by_row, first, scale, M: tl.constexpr, N: tl.constexpr
         bits = drawn_bits(left, lowest, by_row, first, scale, M, N // 2)
         return bits | (drawn_bits(right, lowest, by_row, first + N // 2, scale, M, N // 2) << (N // 32))
     else:
-        by_column = mix32((first + tl.arange(0, N)).to(tl.uint32) + 0x9E3779B9)
+        by_column = column_word((first + tl.arange(0, N)).to(tl.uint32))
         chance = chances(z, scale, by_row[:, None], by_column[None, :])
         return block_bits(chance, lowest, 1.0, M, N)
 
@@ -188,7 +185,7 @@ def hits_kernel(
             lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
         if FLAGS[3]:
             low, high = seed_words(seed)
-            by_row = mix32(mix32(rows.to(tl.uint32) ^ mix32(low)) ^ high)  # as hash32
+            by_row = row_word(low, high, rows.to(tl.uint32))
             bits = drawn_bits(z, lowest, by_row, first_id + tile * N, scale, M, N)
         else:
             bits = block_bits(z, lowest, scale, M, N)

@@ -12,6 +12,22 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# The rest of hash32 for the words $1 and $2, as fp32 u: the beginning of a block of instructions that is one to the
+# compiler, which else holds the words of a whole tile in registers.
+DRAWN = tl.constexpr("""{
+    .reg .u32 word, high;
+    .reg .f32 u;
+    xor.b32 word, $1, $2;
+    shr.u32 high, word, 16;
+    xor.b32 word, word, high;
+    mul.lo.u32 word, word, 0x7FEB352D;
+    shr.u32 high, word, 15;
+    xor.b32 word, word, high;
+    mul.lo.u32 word, word, 0x846CA68B;
+    shr.u32 high, word, 16;
+    xor.b32 word, word, high;
+    cvt.rn.f32.u32 u, word;
+""")
 
 
 @triton.jit
@@ -169,8 +185,19 @@ def hash32(seed_low, seed_high, row, column):
 
     Mixer: C. Wellons, hash-prospector, lowbias32 (public domain).
     """
-    word = mix32(mix32(row ^ mix32(seed_low)) ^ seed_high)
-    return mix32(word ^ mix32(column + 0x9E3779B9))
+    return mix32(row_word(seed_low, seed_high, row) ^ column_word(column))
+
+
+@triton.jit
+def row_word(seed_low, seed_high, row):
+    """What hash32 makes of the seed and the row."""
+    return mix32(mix32(row ^ mix32(seed_low)) ^ seed_high)
+
+
+@triton.jit
+def column_word(column):
+    """What hash32 makes of the column."""
+    return mix32(column + 0x9E3779B9)
 
 
 @triton.jit

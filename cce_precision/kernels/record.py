@@ -23,9 +23,9 @@ from .launch import config_for
 from .primitives import LOG2E, cap, grouped, wide
 from .terms import matvec, weighted_sum
 
-__all__ = ["candidates", "first_bounds", "record_shape", "threshold", "units_of"]
+__all__ = ["SLACK", "candidates", "first_bounds", "record_shape", "threshold", "units_of"]
 
-_SLACK = 0.0625  # in base 2: a bound and a logit come from different sums, which must not part at eps
+SLACK = 0.0625  # in base 2: a bound and a logit come from different sums, which must not part at eps
 
 
 def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
 def threshold(problem: Problem, plan: Plan) -> float:
     """log2 of the probability above which the forward pass records a column."""
     eps = plan.variant.filter_e.threshold(problem.operand_dtype)
-    return math.log2(eps) - _SLACK if eps > 0 else -math.inf
+    return math.log2(eps) - SLACK if eps > 0 else -math.inf
 
 
 @triton.jit
