@@ -83,9 +83,12 @@ def words_of(problem: Problem, record: Tensor) -> Tensor:
 
 @triton.jit
 def block_bits(z, lowest, scale, M: tl.constexpr, N: tl.constexpr):
-    """(M,) int32: bit b is whether some scale z (M, N) of the block b of columns reaches `lowest` (M,). NaN does."""
+    """(M,) int32: bit b is whether some scale z (M, N) of the block b of columns, -inf aside, reaches `lowest` (M,).
+
+    One comparison, in one layout: Triton 3.6 mixes up rows where it moves booleans of these blocks between layouts.
+    """
     top = tl.max(tl.reshape(z, (M, N // 16, 16)), 2) * scale
-    found = ~(top < lowest[:, None]) & (top > float("-inf"))
+    found = top >= tl.maximum(lowest, -3.0e38)[:, None]
     return tl.sum(found.to(tl.int32) << tl.arange(0, N // 16)[None, :], 1)
 
 
