@@ -233,7 +233,7 @@ def gather(folder: Path, tiers: Sequence[str] = TIERS, say: Callable[[str], None
         if shutil.which(tool) is None:
             raise RuntimeError(
                 f"{tool} was not found: text is gathered from Debian packages. "
-                "Elsewhere, give files of your own: pretrain --text FILE..."
+                "Elsewhere, give files of your own: cce-precision capture --train --text FILE..."
             )
     cache = folder / "packages"
     cache.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,8 @@ def gather(folder: Path, tiers: Sequence[str] = TIERS, say: Callable[[str], None
             say(f"{source.name}: {len(text) / 1e6:.1f} M characters from {', '.join(packages)}")
     if not records:
         raise LookupError(
-            "no source could be read; run `apt-get update`, or give files of your own: pretrain --text FILE..."
+            "no source could be read; run `apt-get update`, or give files of your own: "
+            "cce-precision capture --train --text FILE..."
         )
     manifest = {"heldout_characters_per_public_domain_source": HELDOUT_CHARS, "sources": records}
     (folder / "sources.json").write_text(json.dumps(manifest, indent=1) + "\n")

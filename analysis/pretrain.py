@@ -1,24 +1,24 @@
-"""Trains a small language model on real text and captures its head at three stages: initial, early (10 %), trained.
+"""Trains a small language model on real text and captures its head on the way: initial, early (10 %), middle, trained.
 
-    python3 -m cce_precision.analysis.pretrain --text FILE [--text FILE ...] --heldout FILE --minutes 1.5 --out FOLDER
+`cce-precision capture --train` runs it and measures each stage as it is taken (`capture_training.py`).
 
-Two presets. `shipped` is a wide body behind a linear map to a narrow head (V = 8192, D = 128): the heads that come with
-the library, in compact files. `large` (V = 131,072, D = 1024, tied) is measured where it is trained: `pretrain()`
-returns its stages. Text comes from `corpus.py` or is the user's own; the captured rows are consecutive held-out tokens.
-
-Imports torch, tokenizers, safetensors, rich, typer, and of this library only three neighbours, so that it also runs
-as a file.
+Presets. `shipped` is a wide body behind a linear map to a narrow head (V = 8192, D = 128): the heads that come with the
+library, in compact files. `large` (V = 131,072, D = 1024, tied) is measured where it is trained: `pretrain()` returns
+its stages. `tiny` shows in seconds that all works. Text comes from `corpus.py` or is the user's own; the captured rows
+are consecutive held-out tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import platform
-import sys
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-if __package__:
-    from cce_precision.analysis.capture import Capture, as_compact, load_capture
-    from cce_precision.analysis.corpus import encode, read_text, train_tokenizer
-    from cce_precision.analysis.heads import HeadStatistics, head_statistics, statistics_table
-else:
-    from capture import Capture, as_compact, load_capture  # type: ignore
-    from corpus import encode, read_text, train_tokenizer  # type: ignore
-    from heads import HeadStatistics, head_statistics, statistics_table  # type: ignore
+from cce_precision.analysis.capture import Capture, as_compact, load_capture
+from cce_precision.analysis.corpus import encode, read_text, train_tokenizer
+from cce_precision.analysis.heads import HeadStatistics, head_statistics
+from cce_precision.analysis.train import stop_signals
 
-EARLY = 0.1  # the share of training after which the second stage is captured
+MOMENTS = {"initial": 0.0, "early": 0.1, "middle": 0.5, "trained": 1.0}  # stages, and the share of training before each
 SAVING = ("none", "compact", "full")
 
 
@@ -81,8 +76,10 @@ class Preset:
 PRESETS = {
     "shipped": Preset(8192, 128, 512, 8, 512, 64, 2e-3, False, 1024, 256, "compact"),
     "large": Preset(131_072, 1024, 1024, 8, 512, 32, 1.2e-3, True, 8192, 512, "none"),
+    "tiny": Preset(1024, 64, 128, 2, 128, 8, 3e-3, False, 256, 128, "compact", warmup=10),
 }
 ON_CPU = {
+    "tiny": PRESETS["tiny"],
     "shipped": replace(PRESETS["shipped"], width=256, layers=4, context=256, batch=8, learning_rate=1.5e-3, warmup=50),
     "large": replace(
         PRESETS["large"], width=256, layers=4, context=256, batch=4, head_width=256, captured=1024, captured_context=256
@@ -216,6 +213,19 @@ class Trainer:
         windows = self.tokens[(starts + torch.arange(p.context + 1)).to(self.device)].long()
         return windows[:, :-1], windows[:, 1:]
 
+    def train_step(self, loss_of: Callable[[Tensor, Tensor], Tensor], progress: float) -> Tensor:
+        """One step of the optimiser; the loss before it, a float32 scalar on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(progress)
+        with self.autocast():
+            loss = loss_of(*self.batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
     def rate(self, progress: float) -> float:
         """Learning rate: linear warm-up in steps, cosine to a hundredth in progress (0 to 1)."""
         p = self.preset
@@ -255,8 +265,8 @@ class Trainer:
     def tokens_seen(self) -> int:
         return self.step * self.preset.batch * self.preset.context
 
-    def state(self) -> dict[str, Any]:
-        """All that a later run needs to go on."""
+    def save(self, path: Path) -> None:
+        """Writes all that a later run needs to go on, the whole file or none of it."""
         plain = {
             "step": self.step,
             "elapsed": self.elapsed,
@@ -264,7 +274,23 @@ class Trainer:
             "stages": self.stages,
             "preset": asdict(self.preset),
         }
-        return {**plain, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        draft = path.with_suffix(".tmp")
+        try:
+            torch.save({**plain, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def check_space(self, folder: Path) -> None:
+        """Raises ValueError where the folder's disk has no room for two checkpoints, an old one and a new one."""
+        p = self.preset
+        head = p.head_width * (p.captured + p.vocabulary)
+        kept = (2 if p.save == "none" else 8) * head  # bytes of a stage: bf16, beside its fp32 master and its file
+        needed = 2 * (3 * 4 * sum(x.numel() for x in self.model.parameters()) + len(MOMENTS) * kept)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise ValueError(
+                f"{folder} has {free / 1e6:,.0f} MB free, the checkpoints of this run need {needed / 1e6:,.0f} MB"
+            )
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint; ValueError when it is of another model."""
@@ -297,43 +323,52 @@ def make_trainer(preset: Preset, tokens: np.ndarray, heldout: np.ndarray, device
     )
 
 
+OnStage = Callable[[str, Stage], None]
+
+
 def train(
-    run: Trainer, *, minutes: float | None, steps: int | None, compiled: bool, checkpoint: Path | None, console: Console
+    run: Trainer,
+    *,
+    minutes: float | None,
+    steps: int | None,
+    compiled: bool,
+    checkpoint: Path | None,
+    console: Console,
+    on_stage: OnStage = lambda name, stage: None,
 ) -> None:
-    """Trains to the end of the budget (training time, or a number of steps), taking the three stages on the way.
+    """Trains to the end of the budget (training time, or a number of steps), taking the stages on the way.
 
     With `steps` the run is reproducible up to the device's own order of summation; with `minutes` the schedule follows
-    the clock. Ctrl-C writes the checkpoint, when there is one, and raises KeyboardInterrupt.
+    the clock. `on_stage` is told of each stage as it is taken, of a restored run's too; its time is no training time.
+    The checkpoint, where there is one, is written at each stage and on Ctrl-C, which raises KeyboardInterrupt.
     """
     if (minutes is None) == (steps is None):
         raise ValueError(f"give minutes or steps, not both and not neither (minutes={minutes}, steps={steps})")
     seconds = 60 * (minutes or 0)
     loss_of: Callable[[Tensor, Tensor], Tensor] = torch.compile(run.model, dynamic=False) if compiled else run.model
-    if "initial" not in run.stages:
-        run.take("initial")
     columns = (
         TextColumn("step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
         BarColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    first, begun = run.step, run.elapsed
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, _kept(run, checkpoint, console):
         task = bar.add_task("", total=1.0, step=run.step, loss="-", speed="-")
-        begun, first, marked = run.elapsed, run.step, time.perf_counter()
-        try:
-            while (progress := run.step / steps if steps else run.elapsed / seconds) < 1:
-                if progress >= EARLY and "early" not in run.stages:
-                    run.take("early")
-                    marked = time.perf_counter()
-                for group in run.optimizer.param_groups:
-                    group["lr"] = run.rate(progress)
-                with run.autocast():
-                    loss = loss_of(*run.batch())
-                loss.backward()
-                nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-                run.optimizer.step()
-                run.optimizer.zero_grad(set_to_none=True)
-                run.step += 1
-                if run.step % 10 == 0 or run.step - first < 3 or run.device.type == "cpu":
+
+        def progress() -> float:
+            done = min(1.0, run.step / steps if steps else run.elapsed / seconds)
+            seen = (run.step - first - 2) * run.preset.batch * run.preset.context
+            speed, loss = max(0, seen / max(1e-9, run.elapsed - begun)), run.train_loss or math.nan
+            bar.update(task, completed=done, step=run.step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+            return done
+
+        for name, moment in MOMENTS.items():
+            marked = time.perf_counter()
+            with stop_signals() as asked:
+                while (done := progress()) < moment and not asked():
+                    loss = run.train_step(loss_of, done)
+                    if run.step % 10 and run.step - first > 2 and run.device.type != "cpu":
+                        continue  # the loss is left on the device
                     run.train_loss = loss.item()  # waits for the device, so that the clock is right
                     if not math.isfinite(run.train_loss):
                         raise FloatingPointError(
@@ -344,25 +379,29 @@ def train(
                         run.elapsed += now - marked
                     marked = now
                     if run.step % 200 == 0 and not console.is_terminal:
-                        console.print(f"step {run.step}  loss {run.train_loss:.3f}  {progress:.0%}")
-                    speed = (
-                        (run.step - first - 2) * run.preset.batch * run.preset.context / max(1e-9, run.elapsed - begun)
+                        console.print(f"step {run.step}  loss {run.train_loss:.3f}  {done:.0%}")
+            if asked():
+                raise KeyboardInterrupt
+            if name not in run.stages:
+                if name == "early" and done == 1:
+                    raise ValueError(
+                        f"the budget ended after {run.step} steps, before the early stage could be taken; give more"
                     )
-                    bar.update(
-                        task,
-                        completed=progress,
-                        step=run.step,
-                        loss=f"{run.train_loss:.3f}",
-                        speed=f"{max(0, speed):,.0f}",
-                    )
-        except KeyboardInterrupt:
-            if checkpoint:
-                torch.save(run.state(), checkpoint)
-                console.print(f"interrupted at step {run.step}; the same command goes on from {checkpoint}")
-            raise
-    if "early" not in run.stages:
-        raise ValueError(f"the budget ended after {run.step} steps, before the early stage could be taken; give more")
-    run.take("trained")
+                run.take(name)
+                if checkpoint:
+                    run.save(checkpoint)
+            on_stage(name, run.stages[name])
+
+
+@contextlib.contextmanager
+def _kept(run: Trainer, checkpoint: Path | None, console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint:
+            run.save(checkpoint)
+            console.print(f"interrupted at step {run.step}; the same command goes on from {checkpoint}")
+        raise
 
 
 # -- from text to files ------------------------------------------------------------------------------------------------
@@ -381,10 +420,13 @@ def pretrain(
     compiled: bool | None = None,
     checkpoint: Path | None = None,
     console: Console | None = None,
+    on_stage: OnStage = lambda name, stage: None,
 ) -> tuple[Trainer, dict[str, Any]]:
     """Reads, tokenises, trains and captures; returns the run, whose `stages` hold the heads in memory, and its card.
 
     Without `heldout` the last twentieth of the text is held out. Without `tokenizer` one is trained on the text.
+    `on_stage` is told of each stage as it is taken, see `train`. Raises FileNotFoundError for missing files, ValueError
+    for texts that are too short, a tokenizer of another vocabulary, and a disk without room for the checkpoint.
     """
     from tokenizers import Tokenizer
 
@@ -400,14 +442,16 @@ def pretrain(
         )
     tokens, held_tokens = encode(bpe, training), encode(bpe, held)
     console.print(
-        f"{len(tokens) / 1e6:.1f} M tokens to train on, {len(held_tokens):,} held out, read in "
+        f"{len(tokens):,} tokens to train on, {len(held_tokens):,} held out, read in "
         f"{time.perf_counter() - started:.0f} s"
     )
     where = torch.device(device)
     torch.set_float32_matmul_precision("high")
     run = make_trainer(preset, tokens, held_tokens, where, seed)
-    if checkpoint and checkpoint.exists():
-        run.restore(checkpoint)
+    if checkpoint:
+        run.check_space(checkpoint.parent)
+        if checkpoint.exists():
+            run.restore(checkpoint)
     train(
         run,
         minutes=minutes,
@@ -415,6 +459,7 @@ def pretrain(
         compiled=where.type == "cuda" if compiled is None else compiled,
         checkpoint=checkpoint,
         console=console,
+        on_stage=on_stage,
     )
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.machine()
     sources = text[0].parent / "sources.json"
@@ -445,51 +490,3 @@ def write(run: Trainer, card: dict[str, Any], out: Path) -> None:
             (stage.master or stage.capture).save(path, compact=stage.master is not None)
             if not torch.equal(load_capture(path).c, stage.capture.c.cpu()):
                 raise RuntimeError(f"{path} does not read back as the head that the card describes")
-
-
-def main(
-    text: list[Path] = typer.Option(..., help="Training text: plain, .xz or .gz; see corpus.py."),
-    out: Path = typer.Option(..., help="Folder for card.json and the captured heads."),
-    heldout: Path | None = typer.Option(
-        None, help="Text to capture on; by default the last twentieth of the training text."
-    ),
-    preset: str = typer.Option("shipped", help="shipped or large."),
-    tokenizer: Path | None = typer.Option(
-        None, help="A tokenizers JSON file (or .xz of one); by default one is trained on the text."
-    ),
-    minutes: float | None = typer.Option(None, help="Training time, 1.5 unless --steps is given."),
-    steps: int | None = typer.Option(None, help="Number of steps instead of a time."),
-    device: str = typer.Option("", help="cuda or cpu; by default what there is."),
-    save: str = typer.Option("", help="none, compact or full; by default the preset's."),
-    seed: int = 0,
-    checkpoint: Path | None = typer.Option(None, help="Written on Ctrl-C; read at the start when it exists."),
-) -> None:
-    """Trains a small language model and captures its head at three stages."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    presets = ON_CPU if device == "cpu" else PRESETS
-    if preset not in presets:
-        raise typer.BadParameter(f"--preset is {preset!r}, known are {', '.join(presets)}")
-    chosen = replace(presets[preset], save=save) if save else presets[preset]
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    budget = 1.5 if minutes is None and steps is None else minutes
-    run, card = pretrain(
-        text,
-        heldout,
-        preset=chosen,
-        tokenizer=tokenizer,
-        minutes=budget,
-        steps=steps,
-        device=device,
-        seed=seed,
-        checkpoint=checkpoint,
-        console=console,
-    )
-    write(run, card, out)
-    console.print(f"{run.step} steps, {run.tokens_seen / 1e6:.1f} M tokens in {run.elapsed:.0f} s")
-    for name, stage in run.stages.items():
-        console.print(f"{name}: held-out loss {stage.heldout_loss:.3f} after {stage.tokens_seen / 1e6:.1f} M tokens")
-    console.print(statistics_table({name: stage.statistics for name, stage in run.stages.items()}))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -327,7 +327,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM came: the step in progress ends first. A second one interrupts at once."""
     came: list[int] = []
 
@@ -347,9 +347,9 @@ def _signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _claim(recipe: Recipe, digest: str, out: Path) -> None:
-    """Notes what the folder is a run of. Raises ValueError where it holds another run."""
-    path, asked = out / "recipe.json", asdict(recipe) | {"tokens": digest, "torch": torch.__version__}
+def claim(asked: Row, out: Path) -> None:
+    """Notes in recipe.json what the folder is a run of. Raises ValueError where it holds another run."""
+    path = out / "recipe.json"
     if path.exists():
         held = json.loads(path.read_text())
         other = {k: (held.get(k), asked[k]) for k in asked if held.get(k) != asked[k]}
@@ -417,7 +417,7 @@ def run(
     # Tied weights are left out of a checkpoint once and read back twice; nothing that a user could do about.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if is_main():
-        _claim(recipe, tokens.digest, out)
+        claim(asdict(recipe) | {"tokens": tokens.digest, "torch": torch.__version__}, out)
     # The dtype is the recipe's affair, whatever the launcher's configuration says.
     accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
     share = recipe.accumulate * accelerator.num_processes
@@ -443,7 +443,7 @@ def run(
     heldout = Order(tokens.heldout, recipe.context, 1, 0)
     trainer = Trainer(recipe, out, order, heldout, accelerator, prepared, optimizer, on_row)
     trainer.resume()
-    with _determinism(recipe.deterministic), _signals() as asked:
+    with _determinism(recipe.deterministic), stop_signals() as asked:
         finished = trainer.loop(lambda: asked() or stopped())
     if finished and keep_model:
         accelerator.wait_for_everyone()

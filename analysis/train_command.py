@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,7 +19,7 @@ from cce_precision.analysis import convergence
 from cce_precision.analysis.train import Recipe, Row, is_main, run
 from cce_precision.analysis.train_text import SHIPPED, Tokens, tokenise
 
-__all__ = ["alone", "compare", "draw", "load"]
+__all__ = ["alone", "compare", "draw", "load", "on_gpu", "start"]
 
 STOPPED = 130
 
@@ -59,6 +61,45 @@ def load(
         counts = f"{len(tokens.training):,} tokens to train on, {len(tokens.heldout):,} held out"
         console.print(f"{counts}, V = {tokens.vocabulary:,}, read in {time.perf_counter() - started:.0f} s")
     return tokens
+
+
+def on_gpu(device: str) -> bool:
+    """Whether the runs take a GPU. Raises ValueError for a device that is neither auto nor cpu."""
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"--device: {device!r} is neither auto nor cpu; CUDA_VISIBLE_DEVICES chooses among GPUs")
+    return device == "auto" and torch.cuda.is_available()
+
+
+def start(
+    recipe: Recipe,
+    text: Sequence[Path],
+    heldout: Path | None,
+    reading: dict[str, Any],
+    out: Path,
+    console: Console,
+    *,
+    methods: Sequence[str],
+    seeds: int,
+    fresh: bool,
+    device: str | None,
+    processes: int,
+    minutes: float | None,
+) -> int:
+    """One run, or with `methods` a comparison of them with so many seeds; the command's exit code.
+
+    `reading`: the options of `load`. Raises ValueError or FileNotFoundError for what cannot be.
+    """
+    todo = None
+    if methods:
+        todo = convergence.Comparison(recipe, tuple(methods), tuple(range(recipe.seed, recipe.seed + seeds)))
+    elif seeds > 1:
+        raise ValueError("--seeds belongs to --compare; one run has --seed")
+    tokens = load(recipe, text, heldout, **reading, console=console)
+    if fresh:
+        clear(out)
+    if todo is None:
+        return alone(recipe, tokens, out, console, device=device, minutes=minutes)
+    return compare(todo, tokens, out, console, device=device, processes=processes, minutes=minutes)
 
 
 def clear(out: Path) -> None:

@@ -73,10 +73,10 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def bad_option(option: str | None = None) -> Iterator[None]:
-    """Turns a ValueError or TypeError about an option into the command's own error, with exit code 2."""
+    """Turns an error about an option (a value, a missing file) into the command's own, with exit code 2."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint=None if option is None else f"'{option}'") from None
 
 
@@ -279,49 +279,63 @@ def train(
     page: bool = typer.Option(False, "--page-only", help="Train nothing: draw the page from the folder's runs.jsonl."),
 ) -> None:
     """Train a transformers model on local text with any variant, or compare variants from the same start."""
-    import torch
-
-    from cce_precision.analysis import convergence, train_command
+    from cce_precision.analysis import train_command
     from cce_precision.analysis.train import Recipe
 
-    if page:
-        with bad_option("--out"):
-            train_command.draw(out, console())
-        return
-    with bad_option("--device"):
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"{device!r} is neither auto nor cpu; CUDA_VISIBLE_DEVICES chooses among GPUs")
-    gpu = device == "auto" and torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if gpu else "fp32"
     with bad_option():
+        if page:
+            train_command.draw(out, console())
+            return
+        gpu = train_command.on_gpu(device)
+        precision = {"auto": "bf16" if gpu else "fp32"}.get(precision, precision)
         recipe = Recipe(
             impl, None if model is None else str(model), config, size, context, batch, accumulate, steps,
             learning_rate, warmup=steps // 10, precision=precision, seed=seed,
             heldout_every=heldout_every, gradient_every=gradient_every, checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        todo = None
-        if compare:
-            todo = convergence.Comparison(recipe, tuple(names(compare)), tuple(range(seed, seed + seeds)))
-        elif seeds > 1:
-            raise ValueError("--seeds belongs to --compare; one run has --seed")
-        try:
-            tokens = train_command.load(
-                recipe, text, heldout, tokenizer=tokenizer, vocabulary=vocabulary, field=field, megabytes=megabytes,
-                console=console(),
-            )  # fmt: skip
-        except FileNotFoundError as error:
-            raise ValueError(str(error)) from None
-        if fresh:
-            train_command.clear(out)
-        target = None if gpu else "cpu"
-        if todo is None:
-            code = train_command.alone(recipe, tokens, out, console(), device=target, minutes=minutes)
-        else:
-            code = train_command.compare(
-                todo, tokens, out, console(), device=target, processes=processes, minutes=minutes
-            )
+        reading = {"tokenizer": tokenizer, "vocabulary": vocabulary, "field": field, "megabytes": megabytes}
+        code = train_command.start(
+            recipe, text, heldout, reading, out, console(), methods=names(compare), seeds=seeds, fresh=fresh,
+            device=None if gpu else "cpu", processes=processes, minutes=minutes,
+        )  # fmt: skip
     raise typer.Exit(code)
+
+
+@app.command()
+def capture(
+    train: bool = typer.Option(False, "--train", help="Train the model here; the command's one mode."),
+    preset: str = typer.Option("shipped", help="tiny, shipped or large (smaller on a CPU)."),
+    text: list[Path] = typer.Option([], help="Text to train on, plain, .xz or .gz; none: the text that is shipped."),
+    heldout: Path | None = typer.Option(None, help="Text to capture on; none: the last twentieth of the text."),
+    tokenizer: Path | None = typer.Option(None, help="A tokenizer's JSON file (or .xz of one); none: a new one."),
+    minutes: float | None = typer.Option(None, help="Training time; 1.5 unless --steps is given."),
+    steps: int | None = typer.Option(None, help="Steps of training instead of a time."),
+    impl: str = typer.Option("all", help="Variants to measure, by name, separated by commas, or all."),
+    rows: int = typer.Option(256, min=1, help="Rows of each gradient to look at."),
+    save: str = typer.Option("", help="The heads: none, compact or full files; none given: the preset's."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    seed: int = typer.Option(0, help="Draws weights, windows, the sample and what variants draw."),
+    out: Path = typer.Option(Path("reports/capture"), help="Folder of the run; the same command resumes there."),
+    fresh: bool = typer.Option(False, help="Throw away what the folder holds of an earlier run."),
+    page: bool = typer.Option(False, "--page-only", help="Train nothing: draw the page of the folder's run."),
+) -> None:
+    """Train a language model on real text, capture its head on the way, and measure every variant on it."""
+    from cce_precision.analysis import capture_page, capture_training, sampled
+
+    with bad_option():
+        if page:
+            console().print(str(capture_page.build(out)))
+            return
+        if not train:
+            raise ValueError("give --train; a head of your own model: cce_precision.analysis.capture(model, batch)")
+        budget = 1.5 if minutes is None and steps is None else minutes
+        recipe = capture_training.Recipe(
+            preset, sampled.device_of(device), tuple(text) or (capture_training.SHIPPED,), heldout, tokenizer, budget,
+            steps, seed, save, tuple(sampled.impls(impl)), rows,
+        )  # fmt: skip
+        if fresh:
+            capture_training.clear(out)
+        raise typer.Exit(capture_training.run(recipe, out, console()))
 
 
 @app.command()

@@ -376,7 +376,7 @@ def test_without_apt_the_error_names_the_way_out(tmp_path: Path, monkeypatch: py
     from cce_precision.analysis import corpus
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"apt-get was not found.*pretrain --text FILE"):
+    with pytest.raises(RuntimeError, match=r"apt-get was not found.*capture --train --text FILE"):
         corpus.gather(tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_without_apt_the_error_names_the_way_out(tmp_path: Path, monkeypatch: py
 @pytest.fixture(scope="module")
 def card() -> dict[str, dict]:
     if not (DATA / "card.json").exists():
-        pytest.skip("the captured heads have not been made yet (python3 -m cce_precision.analysis.pretrain)")
+        pytest.skip("the captured heads have not been made yet (cce-precision capture --train)")
     return json.loads((DATA / "card.json").read_text())
 
 
