@@ -18,8 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_precision import cce_counts, cce_patch, linear_cross_entropy, uncce_patch
-from cce_precision.analysis.census import LOSS_ALLOWED, check
+from cce_precision import cce_counts, cce_patch, choosing, linear_cross_entropy, uncce_patch
+from cce_precision.analysis.census import (
+    GRADIENT_ALLOWED,
+    LOSS_ALLOWED,
+    calls_of_the_loss,
+    check,
+    difference,
+    logits_of,
+    step,
+)
 from cce_precision.analysis.census_configs import VOCABULARY, build, inputs
 from cce_precision.huggingface import head as heads
 from cce_precision.huggingface.logits import LazyLogits
@@ -277,6 +285,51 @@ def test_options_reach_the_loss(llama: Any, monkeypatch: pytest.MonkeyPatch) -> 
     llama(**given(llama))
     wanted = {"impl": "cce", "filter_eps": 1e-4, "accum_c_fp32": True, "filter_e_grad": False, "backend": "eager"}
     assert wanted.items() <= seen.items()
+
+
+# What the choice depends on: options, reduction, bias, softcap, and the dtype under autocast.
+AUTOMATIC: list[tuple[str, dict[str, Any], torch.dtype | None]] = [
+    ("llama", {}, None),
+    ("llama", {"tolerance": 2e-6}, None),
+    ("llama", {"reduction": "sum", "accum_e_fp32": True, "workspace_mb": 1}, None),
+    ("gemma2", {"tolerance": 2e-6}, None),
+    ("phi", {"tolerance": 4e-3}, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("model_type", "options", "cast"), AUTOMATIC, ids=str)
+def test_the_automatic_choice_is_that_of_the_function_and_told(
+    model_type: str, options: dict[str, Any], cast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(model_type)
+    batch = given(model, model_type)
+    plain, logits = step(model, batch), logits_of(model, batch)
+    asked: list[tuple[Any, ...]] = []
+    resolve = choosing.resolve
+    monkeypatch.setattr(choosing, "resolve", lambda *call: asked.append(call) or resolve(*call))
+    with torch.autocast("cpu", cast, enabled=cast is not None):
+        ours = step(cce_patch(model, impl="auto", **options), batch)
+        (call,) = asked
+        chosen = resolve(*call)
+        assert cce_counts(model).impls == {chosen.impl: 1} and cce_counts(model).materialised == 0
+        named = options | {"impl": chosen.impl, "workspace_mb": chosen.workspace_mb, "tolerance": None}
+        with calls_of_the_loss(seen := []):
+            again = step(cce_patch(model, **named), batch)
+        linear_cross_entropy(**seen[0] | options | {"impl": "auto", "workspace_mb": options.get("workspace_mb")})
+    assert asked == [call, call], "what the function itself takes"
+    assert ours.loss == again.loss and all(torch.equal(x, again.gradients[k]) for k, x in ours.gradients.items())
+    if cast is None:
+        tokens = int((batch["labels"][:, 1:] != -100).sum()) if "reduction" in options else 1
+        assert near(ours.loss / tokens, plain.loss, logits)
+        mean = {name: x / tokens for name, x in ours.gradients.items()}
+        assert difference(mean, plain.gradients) <= GRADIENT_ALLOWED  # a zero gradient is off by 1
+    uncce_patch(model)
+
+
+def test_a_demand_that_no_variant_meets_is_said(llama: Any) -> None:
+    cce_patch(llama, impl="auto", tolerance=1e-9)
+    with pytest.raises(ValueError, match="impl='auto' finds no variant.*the nearest is"):
+        llama(**given(llama))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import choosing
 from ..interface import linear_cross_entropy
+from ..variants import DEFAULT, get
 
 __all__ = ["Counts", "HeadHook", "Loss", "Options", "Request", "install", "remove"]
 
@@ -45,6 +47,7 @@ class Counts:
     fused: int = 0
     materialised: int = 0
     operations: Counter[str] = field(default_factory=Counter)
+    impls: Counter[str] = field(default_factory=Counter)  # fused losses by variant: what impl="auto" took
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class Loss:
     temperature: float
     biases: tuple[tuple[Tensor, float], ...]
 
-    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], counts: Counts
+    ) -> Tensor:
         if self.columns != weight.shape[0]:
             weight = weight[: self.columns]
             bias = None if bias is None else bias[: self.columns]
         for vector, factor in self.biases:
             bias = vector * factor if bias is None else bias + vector * factor
+        options = self.resolved(hidden, weight, bias, options)
         loss = linear_cross_entropy(
             hidden,
             weight,
@@ -81,7 +87,27 @@ class Loss:
             **options,
         )
         assert isinstance(loss, Tensor)
+        if not torch.compiler.is_compiling():
+            counts.fused += 1
+            counts.impls[get(options.get("impl", DEFAULT)).name] += 1
         return loss
+
+    def resolved(self, e: Tensor, c: Tensor, bias: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with impl="auto" replaced by what `linear_cross_entropy` takes for it, so that it can be told."""
+        if options.get("impl") != choosing.AUTO or type(c) not in (Tensor, nn.Parameter):
+            return options  # what processes share is refused by the function itself
+        kind, dtypes = e.device.type, (e.dtype, c.dtype)
+        if torch.is_autocast_enabled(kind) and torch.float64 not in dtypes:
+            dtypes = (torch.get_autocast_dtype(kind),) * 2
+        plain = bias is None and self.class_weight is None and self.softcap is None and self.temperature == 1
+        plain = plain and self.reduction != "none" and not self.label_smoothing
+        names = ("filter_eps", "accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad")
+        wanted = choosing.Options(
+            options.get("tolerance"), options.get("workspace_mb"), plain, *(options[name] for name in names)
+        )
+        (v, d), where = c.shape, choosing.backend_of(e.device, *dtypes, options.get("backend", "auto"))
+        found = choosing.resolve(e.numel() // d, v, d, torch.promote_types(*dtypes), where, wanted)
+        return options | {"impl": found.impl, "workspace_mb": found.workspace_mb, "tolerance": None}
 
 
 class HeadInput:
@@ -171,17 +197,13 @@ class Request:
             override = self.open and self.options.reduction != "mean"
             if override:
                 loss = dataclasses.replace(loss, reduction=self.options.reduction)
-            options = self.options.loss
-            hook.task = lambda e, c, bias: loss(e, c, bias, options)
+            hook.task = lambda e, c, bias: loss(e, c, bias, self.options.loss, self.counts)
         try:
             result = self.head(hidden)
         finally:
             hook.task = before
-        if loss is not None:
-            if not torch.compiler.is_compiling():
-                self.counts.fused += 1
-            if override and loss.reduction == "none":
-                result = self.unflattened(result, loss)
+        if loss is not None and override and loss.reduction == "none":
+            result = self.unflattened(result, loss)
         return result
 
     def unflattened(self, losses: Tensor, loss: Loss) -> Tensor:

@@ -240,8 +240,9 @@ def cce_patch(
     stay uncomputed until something reads them (then the real ones are computed, counted, and a warning names the
     operation), and `F.cross_entropy` of them is one fused call. The logits that such a forward returns are computed
     when they are read; RuntimeError if the head's weight has changed by then (which `torch.compile` does not notice).
-    `generate` and calls without labels are what they were. `cce_counts(model)` tells how many losses were fused. A
-    library that replaces the whole forward afterwards brings its own loss: a warning says so.
+    `generate` and calls without labels are what they were. `cce_counts(model)` tells how many losses were fused, and by
+    which variant (what impl="auto" took). A library that replaces the whole forward afterwards brings its own loss: a
+    warning says so.
 
     Raises:
         TypeError: for a model whose head is no plain `nn.Linear`, naming it (a list of heads, a quantised head, an
