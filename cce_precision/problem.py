@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,18 +93,17 @@ class Plan:
     first_column: int = 0  # see Problem
 
     def encode(self) -> str:
-        """The plan as text, in operations that `torch.compile` folds to a constant."""
+        """The plan as text, in operations that `torch.compile` folds to a constant: an f-string takes the value of a
+        symbolic number (dynamic=True) and guards it, `str` refuses."""
         v = self.variant
-        fields = [v.name, v.path.value, v.operand.value, v.accum_e.value, v.accum_c.value]
+        values: list[Any] = [v.name, v.path.value, v.operand.value, v.accum_e.value, v.accum_c.value]
         for f in (v.filter_e, v.filter_c):
-            fields += [f.kind.value, f.granularity.value, str(f.eps), str(f.share)]
-        fields += [str(v.label_apart), str(v.sort_vocabulary), str(v.tile[0]), str(v.tile[1])]
-        fields += [str(self.softcap), str(self.temperature)]
-        fields += [str(self.want_entropy), str(self.want_smooth), str(self.want_argmax)]
-        fields += [self.backend, str(self.workspace_mb), str(self.want_record)]
-        fields += [str(self.partial_e), str(self.first_column)]
-        fields += ["None"] if self.one_pass is None else [str(wanted) for wanted in self.one_pass]
-        return "|".join(fields)
+            values += [f.kind.value, f.granularity.value, f.eps, f.share]
+        values += [v.label_apart, v.sort_vocabulary, *v.tile, self.softcap, self.temperature]
+        values += [self.want_entropy, self.want_smooth, self.want_argmax]
+        values += [self.backend, self.workspace_mb, self.want_record, self.partial_e, self.first_column]
+        values += [None] if self.one_pass is None else self.one_pass
+        return "|".join([f"{value}" for value in values])
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
