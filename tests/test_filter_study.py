@@ -1,0 +1,184 @@
+"""The study of filters with and without bias: its estimators, its measuring, its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_precision.analysis import filter_study, metrics
+from cce_precision.analysis.cases import CASES
+from cce_precision.analysis.filter_estimators import EPS, ESTIMATORS, Softmax, errors
+from cce_precision.analysis.filter_study import Study, Subject, contender, read, run, subjects
+from cce_precision.analysis.sampled_statistics import t_quantile
+from cce_precision.analysis.shapes import Shape
+
+CPU = torch.device("cpu")
+SMALL = Subject("trained", shape=Shape("tiny", 48, 600, 16))
+CHANCE = 1e-6  # of a false alarm, for each estimator and gradient
+
+
+@pytest.fixture(scope="module")
+def softmax() -> Softmax:
+    return Softmax.of(SMALL.load(CPU), 4)
+
+
+def t_scores(softmax: Softmax, name: str, draws: int = 64) -> list[float]:
+    """How many standard errors the mean estimate is from P, along a direction for dE and one for dC."""
+    random = torch.Generator().manual_seed(7)
+    direction = torch.rand(softmax.p.shape, generator=random, dtype=torch.float64)
+    found = []
+    for s in range(draws):
+        estimate = ESTIMATORS[name].draw(softmax, torch.Generator().manual_seed(s))
+        found.append([float(((part - softmax.p) * direction).sum()) for part in estimate])
+    mean, std = torch.tensor(found).mean(0), torch.tensor(found).std(0)
+    return [float(x) for x in mean.abs() / std * math.sqrt(draws)]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_unbiased_exactly_where_it_says_so(softmax: Softmax, name: str) -> None:
+    limit = t_quantile(1 - CHANCE / 2, 63)
+    assert all((score < limit) == ESTIMATORS[name].unbiased for score in t_scores(softmax, name))
+
+
+def test_estimators_of_one_group_cost_the_same(softmax: Softmax) -> None:
+    rest = softmax.rest[1].abs()
+    for size, eps in ((softmax.p, softmax.eps), (rest, softmax.rest[2]), softmax.counted):
+        kept = (size / torch.tensor([eps, eps * (1 - 2.0**-20)], dtype=torch.float64)[:, None, None]).clamp(max=1)
+        fewer, more = kept.sum((1, 2)) / len(size)
+        assert fewer <= softmax.entries <= more
+    above = int((softmax.p >= softmax.dropping).sum())
+    assert abs(above - softmax.entries * len(softmax.p)) <= 1
+    n, v = softmax.p.shape
+    assert softmax.entries == float((softmax.p >= EPS).sum()) / n + v / 4
+
+
+@pytest.mark.parametrize("name", ["one draw for 16", "one draw a row"])
+def test_systematic_draws_keep_the_mass_of_their_run(softmax: Softmax, name: str) -> None:
+    estimate, _ = ESTIMATORS[name].draw(softmax, torch.Generator().manual_seed(3))
+    miss = (estimate - softmax.p).sum(1).abs() / softmax.eps
+    runs = math.ceil(softmax.p.shape[1] / 16) if name == "one draw for 16" else 1
+    assert float(miss.max()) < runs
+    assert float(miss.max()) > 0
+
+
+def test_estimates_of_everything_have_no_error(softmax: Softmax) -> None:
+    whole = Softmax.of(SMALL.load(CPU), 1)
+    for name in ("subsets", "subsets, not stratified", "subsets, mean tail"):
+        e, c = errors(whole, ESTIMATORS[name].draw(whole, torch.Generator()))
+        assert max(e, c) < metrics.unit_roundoff(torch.float32)
+    nothing = torch.zeros_like(softmax.p)
+    assert min(errors(softmax, (nothing, nothing))) > 0
+
+
+def test_estimators_refuse_what_they_leave_out() -> None:
+    case = CASES["trained"](n=8, v=64, d=4)
+    case.targets[0] = -1
+    with pytest.raises(ValueError, match="ignored"):
+        Softmax.of(case, 4)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study(SMALL, CPU)
+
+
+def order(x: Tensor) -> float:
+    """By how much two norms of x may differ that sum in different orders, relatively."""
+    return x.numel() * metrics.unit_roundoff(torch.float64)
+
+
+def test_errors_are_those_of_the_metrics(study: Study) -> None:
+    found = study.gradients(contender("cce_sparse@2^-6").call(0))
+    told = study.errors(found)
+    for side, x, exact in zip(("dE", "dC"), found, study.exact, strict=True):
+        assert told[side] == pytest.approx(metrics.relative(x, exact), rel=order(x))
+        assert told[side] > metrics.floor_error(exact, torch.bfloat16)
+
+
+def test_a_drop_is_the_same_for_every_seed_and_a_sample_is_not(study: Study) -> None:
+    for name, same in (("cce@2^-6", True), ("cce_sparse@2^-6", True), ("cce_unbiased@2^-6", False)):
+        one, other = (study.gradients(contender(name).call(seed)) for seed in (1, 2))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) == same
+
+
+def test_averages_are_means_of_draws_in_groups(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filter_study, "DRAWS", 8)
+    monkeypatch.setattr(filter_study, "GROUPS", 3)
+    name = "cce_unbiased@2^-6"
+    [row] = study.average(name)
+    assert row["draws"] == [1, 2, 4, 8] and row["groups"] == [3, 3, 2, 1]
+    draws = [[x.double() for x in study.gradients(contender(name).call(seed))] for seed in range(1, 9)]
+    for count, groups, rms in zip(row["draws"], row["groups"], row["dC"], strict=True):
+        means = [sum(d[1] for d in draws[i * count : (i + 1) * count]) / count for i in range(groups)]
+        wanted = math.sqrt(sum(metrics.relative(m, study.exact[1]) ** 2 for m in means) / groups)
+        assert rms == pytest.approx(wanted, rel=2 * metrics.unit_roundoff(torch.float32) * 8 / wanted)
+    assert row["dE"][-1] < row["dE"][0]
+
+
+def test_rows_of_the_classifier_by_how_often_they_are_a_target(study: Study) -> None:
+    [row] = study.step("cce_sparse@2^-6")
+    found = row["strata"]
+    assert sum(s["rows"] for s in found.values()) == study.case.v
+    assert found["0"]["empty"] > 0 and found["1"]["empty"] == 0  # a target's own term is never dropped
+    _, d_c = study.gradients(contender("cce_sparse@2^-6").call(0))
+    absent = torch.bincount(study.case.targets, minlength=study.case.v) == 0
+    assert found["0"]["empty"] == float((d_c[absent] == 0).all(1).double().mean())
+    wanted = metrics.relative(d_c[absent], study.exact[1][absent])
+    assert found["0"]["error"] == pytest.approx(wanted, rel=order(d_c))
+    assert row["entries"] < study.case.v and row["kept_mass"] < 1
+
+
+def test_a_run_stops_resumes_and_tries_again_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filter_study, "METHODS", ("cce_exact", "cce_sparse@2^-8"))
+    monkeypatch.setattr(filter_study, "AVERAGED", ())
+    assert not run([SMALL], CPU, tmp_path, seconds=0)
+    assert read(tmp_path) == []
+
+    def broken(self: Study, name: str) -> list[filter_study.Row]:
+        raise RuntimeError(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Study, "step", broken)
+        assert not run([SMALL], CPU, tmp_path)
+    assert [row.get("failed") for row in read(tmp_path)] == [
+        None,
+        "RuntimeError: cce_exact",
+        "RuntimeError: cce_sparse@2^-8",
+    ]
+    assert run([SMALL], CPU, tmp_path)
+    rows = read(tmp_path)
+    assert [row["what"] for row in rows] == ["head", "step", "step"] and not any("failed" in row for row in rows)
+    lines = (tmp_path / "rows.jsonl").read_text()
+    assert run([SMALL], CPU, tmp_path)
+    assert (tmp_path / "rows.jsonl").read_text() == lines
+    assert all(json.loads(line)["commit"] for line in lines.splitlines())
+
+
+def test_names_of_methods_and_folders_of_heads(tmp_path: Path) -> None:
+    assert contender("cce_exact@64MB").workspace_mb == 64
+    assert contender("cce_subsampled@2^-12/4").variant.filter_c.share == 4
+    for wrong in ("fp32", "nothing@2^-3"):
+        with pytest.raises(ValueError, match=wrong.partition("@")[0]):
+            contender(wrong)
+    assert all(contender(name) for name in filter_study.METHODS)
+    assert set(filter_study.AVERAGED) <= set(filter_study.METHODS)
+    with pytest.raises(ValueError, match="captured-STAGE"):
+        subjects(CPU, tmp_path)
+    for stage in ("early", "trained", "initial", "middle"):
+        (tmp_path / f"captured-{stage}.safetensors").touch()
+    assert [s.stage for s in subjects(torch.device("cuda"), tmp_path)] == [
+        "trained",
+        "",
+        "initial",
+        "",
+        "early",
+        "middle",
+    ]
