@@ -19,17 +19,19 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, distributed
 
 from cce_precision import VocabParallelOptions, linear_cross_entropy
-from cce_precision.analysis.bounds import CPU, Machine
+from cce_precision.analysis.bounds import CPU, Machine, bound
 from cce_precision.analysis.bounds_parallel import parallel_bound
-from cce_precision.analysis.fuzz import Verdict, judge_outputs, outputs
+from cce_precision.analysis.fuzz import Verdict, compare, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build, random_knobs
 from cce_precision.analysis.references import truth
 from cce_precision.autograd import choose_backend
 from cce_precision.parallel import common_seed
+from cce_precision.variants import ALL
 from tests.strategies import EAGER, TILED
 
 WORLD = 4
-INTERPRETED = ("cce_exact", "cce", "cce_unbiased")  # between them every kernel that looks at targets
+# On a CPU: between them every kernel that looks at targets, and what needs none.
+INTERPRETED = ("cce_exact", "cce", "cce_unbiased", "baseline")
 DRAWN = 2  # random problems a variant, beside the fixed ones
 
 
@@ -236,20 +238,34 @@ def compiled(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def verdict_of(parts: list[dict[str, Tensor]], k: Knobs, machine: Machine = CPU) -> Verdict:
-    """The verdict on the outputs of all processes that shared a problem. Raises where they differ by a bit."""
+def whole_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs of all processes that shared a problem as those of one. Raises where they differ by a bit."""
     whole = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
         if name in ("dC", "dbias"):
             whole[name] = torch.cat(values)
         else:
-            assert all(torch.equal(x.nan_to_num(), values[0].nan_to_num()) for x in values), (k, name)
+            assert all(torch.equal(x.nan_to_num(), values[0].nan_to_num()) for x in values), name
             whole[name] = values[0]
-    call = build(k)
-    shares = cuts(call.knobs, len(parts))
-    allowed = parallel_bound(call.problem, call.plan, shares, call.objective, seed=call.knobs.seed, machine=machine)
-    return judge_outputs(call, whole, truth(call.problem, call.objective), allowed)
+    return whole
+
+
+def verdict_of(
+    parts: list[dict[str, Tensor]], k: Knobs, machine: Machine = CPU, alone: dict[str, Tensor] | None = None
+) -> Verdict:
+    """The verdict on the outputs of all processes that shared a problem; with those of a process `alone`, also on
+    their difference."""
+    whole, call = whole_of(parts), build(k)
+    shares, options = cuts(call.knobs, len(parts)), {"seed": call.knobs.seed, "machine": machine}
+    allowed = parallel_bound(call.problem, call.plan, shares, call.objective, **options)
+    verdict = judge_outputs(call, whole, truth(call.problem, call.objective), allowed)
+    if alone is not None:
+        own = bound(call.problem, call.plan, call.objective, **options)
+        for name, value in alone.items():
+            both = getattr(allowed, name) + getattr(own, name)
+            verdict.quantities[f"{name} less that of one process"] = compare(whole[name], value.double(), both)
+    return verdict
 
 
 # -- the processes -----------------------------------------------------------------------------------------------------
@@ -290,43 +306,51 @@ def run(rank: int, folder: str, names: list[str]) -> None:
 
 
 def kernel_problems(impl: str, device: str) -> list[Knobs]:
-    """Problems that the kernels take; on a GPU one is large enough for all of their tiles."""
+    """Problems for one device; on a GPU one is large enough for all tiles of the kernels. What plain PyTorch computes
+    has a bound there in fp32 alone."""
     common: dict[str, Any] = {"impl": impl, "scale": 3.0, "margin": 4.0, "ignored": "some", "nan_ignored": True}
+    if impl not in TILED:
+        common["e_dtype"] = "fp32"
     if device == "cpu":
         return [Knobs(seed=8, n=20, v=150, d=17, **common)] if impl in INTERPRETED else []
-    return [Knobs(seed=8, n=300, v=2000, d=128, **common), *fixed(impl)[:3]]
+    large = Knobs(seed=8, n=300, v=2000, d=128, bias="fp32", **common)
+    return [large, *fixed(impl)[:3]] if impl in TILED else [large]
 
 
 def run_kernels(rank: int, folder: str, device: str) -> None:
-    """One of two processes: each with a GPU, or with the interpreter where device is "cpu"."""
+    """One of two processes: each with a GPU, or with the interpreter where device is "cpu". The first also computes
+    each problem alone."""
     torch.set_num_threads(1)
     place = "cpu"
     if device != "cpu":
         torch.cuda.set_device(rank)
         place = f"cuda:{rank}"
     _start("gloo" if device == "cpu" else "nccl", rank, 2, folder)
-    results: dict[tuple[str, int], dict[str, Tensor] | str] = {}
-    for impl in TILED:
+    results: dict[tuple[str, int, str], dict[str, Tensor] | str] = {}
+    for impl in ALL:
         for i, k in enumerate(kernel_problems(impl, device)):
             call = build(k, device=place)
-            if choose_backend(call.placed(), call.plan) == "triton":
+            if impl in TILED and choose_backend(call.placed(), call.plan) != "triton":
+                continue
+            calls = {"shared": shared(call, VocabParallelOptions(*cuts(call.knobs, 2)[rank]))}
+            for what, own in (calls | ({"alone": call} if rank == 0 else {})).items():
                 try:
-                    results[impl, i] = outputs(shared(call, VocabParallelOptions(*cuts(call.knobs, 2)[rank])))
+                    results[impl, i, what] = outputs(own)
                 except Exception:  # the other variants are judged all the same
-                    results[impl, i] = traceback.format_exc()
+                    results[impl, i, what] = traceback.format_exc()
     torch.save(results, Path(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
 
 
 def judge_kernels(stored: list[dict[Any, Any]], impl: str, device: str, machine: Machine) -> tuple[int, set[str]]:
-    """How many problems of a variant the kernels computed, and which quantities would have told a zero."""
+    """How many problems of a variant were computed, and which quantities would have told a zero."""
     telling, judged = set(), 0
     for i, k in enumerate(kernel_problems(impl, device)):
-        if (impl, i) not in stored[0]:
+        if (impl, i, "shared") not in stored[0]:
             continue
-        parts = [results[impl, i] for results in stored]
-        assert not any(isinstance(part, str) for part in parts), parts
-        verdict = verdict_of(parts, k, machine)
+        parts, alone = [results[impl, i, "shared"] for results in stored], stored[0][impl, i, "alone"]
+        assert not any(isinstance(part, str) for part in (*parts, alone)), (parts, alone)
+        verdict = verdict_of(parts, k, machine, alone)
         assert verdict.holds, str(verdict)
         telling |= {name for name, q in verdict.quantities.items() if q.tells and q.truth > 0}
         judged += 1

@@ -212,24 +212,29 @@ def test_sigterm_ends_the_step_and_the_run_resumes_to_the_same_bits(
     assert second.finished and facts(second.curve) == facts(read_curve(whole))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tokens: Tokens, tmp_path: Path) -> None:
-    tokens.save(tmp_path / "tokens.npz")
+def killed(recipe: Recipe, tokens: Tokens, folder: Path, device: str | None) -> None:
+    """A run in a process that SIGKILL ends after its sixth step, and the last line of whose curve is cut off."""
+    tokens.save(folder / "tokens.npz")
     code = (
         "import sys; from pathlib import Path; from cce_precision.analysis.train import Recipe, run;"
         "from cce_precision.analysis.train_text import Tokens;"
         "import os, signal;"
         "die = lambda row: row['kind'] == 'train' and row['step'] == 6 and os.kill(os.getpid(), signal.SIGKILL);"
-        f"run(eval(sys.argv[1]), Tokens.load(Path({str(tmp_path)!r}) / 'tokens.npz'), Path({str(tmp_path)!r}),"
-        " device='cpu', on_row=die)"
+        f"run(eval(sys.argv[1]), Tokens.load(Path({str(folder)!r}) / 'tokens.npz'), Path({str(folder)!r}),"
+        f" device={device!r}, on_row=die)"
     )
-    recipe = replace(SMALL, method="cce_unbiased", gradient_every=8)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, repr(recipe)], env=env, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-3"}  # steps 4 to 6 are lost ...
-    with (tmp_path / "curve.jsonl").open("a") as file:
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-3"}  # steps 4 to 6 are lost ...
+    with (folder / "curve.jsonl").open("a") as file:
         file.write('{"kind": "tra')  # ... and a line may be cut off
-    assert max(row["step"] for row in read_curve(tmp_path)) > 3
+    assert max(row["step"] for row in read_curve(folder)) > 3
+
+
+def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tokens: Tokens, tmp_path: Path) -> None:
+    recipe = replace(SMALL, method="cce_unbiased", gradient_every=8)
+    killed(recipe, tokens, tmp_path, "cpu")
     second = run(recipe, tokens, tmp_path, device="cpu")
     assert second.finished and facts(second.curve) == facts(read_curve(whole))
 
@@ -336,6 +341,16 @@ def test_a_stopped_run_on_a_gpu_resumes_to_the_same_bits(method: str, tokens: To
     second = run(recipe, tokens, tmp_path / "broken")
     assert second.finished and facts(second.curve) == facts(straight.curve)
     assert second.curve[-2]["peak_mib"] > 0
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_is_killed_resumes_to_the_same_bits(tokens: Tokens, tmp_path: Path) -> None:
+    recipe = replace(SMALL, method="cce_exact", precision="bf16", size="small", gradient_every=8)
+    straight = run(recipe, tokens, tmp_path / "straight")
+    (broken := tmp_path / "broken").mkdir()
+    killed(recipe, tokens, broken, None)
+    second = run(recipe, tokens, broken)
+    assert second.finished and facts(second.curve) == facts(straight.curve)
 
 
 @pytest.mark.slow
