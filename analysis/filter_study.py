@@ -288,11 +288,13 @@ class Study:
 
     def units(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, Callable[[], list[Row]]]]:
         """(what, method or "" for several, how to measure it), in the order of a run."""
+        cuda = self.device.type == "cuda"
+        names = [name for name in METHODS if cuda or not name.endswith("MB")]  # a workspace means nothing on a CPU
         yield "head", "", self.head
-        for name in METHODS:
+        for name in names:
             yield "step", name, lambda name=name: self.step(name)  # type: ignore[misc]
-        if self.device.type == "cuda":
-            yield "time", "", lambda: self.times(METHODS, say)
+        if cuda:
+            yield "time", "", lambda: self.times(names, say)
         for name in AVERAGED:
             yield "average", name, lambda name=name: self.average(name)  # type: ignore[misc]
         if self.subject.case == "captured" and self.subject.dtype == "bf16":
