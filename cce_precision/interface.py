@@ -43,9 +43,10 @@ class FilterStatistics(NamedTuple):
         Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
     )
     # Of a sparse backward pass on the kernels: in how many blocks of 16 columns, over all tokens, the filter may keep
-    # an entry (0-dim int64), and how many fit in the workspace: with more the device takes the dense way. Else None.
+    # an entry (0-dim int64), and how many fit in the workspace: with more the gradient is the exact one. Else None.
     blocks: Tensor | None = None
     capacity: int | None = None
+    tolerance: float | None = None  # what the filter's relative error of the gradients was promised to stay below
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -114,8 +115,11 @@ def linear_cross_entropy(
             and class_weight (of the whole vocabulary) are the same on all of them; see `VocabParallelOptions`. DTensors
             need none: their placements say who holds what; see `cce_precision.dtensor`.
         backend: "triton" demands the kernels, "eager" plain PyTorch, "auto" takes the kernels where they can run.
-        tolerance: with impl="auto", the largest relative error of dE and dC (Euclidean norms) that is predicted for
-            the variant; None: no less exact than `baseline`, PyTorch's own loss in this dtype.
+        tolerance: the largest relative error of dE and dC (Frobenius norms). With impl="auto": as predicted for the
+            variant; None is no less exact than `baseline`, PyTorch's own loss in this dtype. With cce_sparse,
+            cce_unbiased and cce_subsampled: of their filter (the root of the mean square over its draws), beside the
+            rounding errors of cce_exact; where the pass cannot promise it (`promise.filter_error`) its gradient is the
+            exact one, decided on the device. Others raise.
         workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default (256 for impl="auto").
         seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a
             run.
@@ -150,20 +154,22 @@ def linear_cross_entropy(
         label_smoothing, temperature,
     )  # fmt: skip
     validation.check_options(options)
-    validation.check_tolerance(tolerance, named)
+    configuration = (filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
+    chosen = None if named is None else named.configure(*configuration)
+    validation.check_tolerance(tolerance, chosen, return_entropy)
     placed = place(e, c, targets, bias, class_weight, check_options(vocab_parallel_options))
     validation.check_tensors(e, placed.c, placed.targets, placed.bias, placed.class_weight, options, placed.options)
     e, c, targets, bias, class_weight, share, tokens = placed
     whole = share is None and tokens is None
-    validation.check_whole(whole, return_stats)
+    validation.check_whole(whole, return_stats, tolerance)
     e, c, bias = _autocast(e, c, bias)
     one_pass = reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy)
-    configuration = (filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
-    if named is None:
+    if chosen is None:
         plain = one_pass and bias is None and softcap is None and temperature == 1 and not return_argmax
         wanted = choosing.Options(tolerance, workspace_mb, plain and whole, *configuration)
-        named, workspace_mb = _automatic(e, c, backend, wanted, not whole)
-    variant = named.configure(*configuration)
+        found, workspace_mb = _automatic(e, c, backend, wanted, not whole)
+        chosen = found.configure(*configuration)
+    variant = chosen
     offset = int(shift)
     flat_targets = _flatten_targets(targets, ignore_index, offset)
     check = validation.should_check_range(options, targets)
@@ -179,6 +185,7 @@ def linear_cross_entropy(
         want_argmax=return_argmax,
         backend=backend,
         workspace_mb=workspace_mb,
+        tolerance=None if named is None else tolerance,
     )
     if share is not None:
         plan = dataclasses.replace(plan, partial_e=True, first_column=share.start)
@@ -227,7 +234,7 @@ def linear_cross_entropy(
     if return_stats:
         kept, hits, path, certificate = _statistics(problem, plan, heads, draw)
         room = occupancy_of(problem, plan, heads, draw, record) if variant.path is Path.TILED else (None, None)
-        stats = FilterStatistics(unflatten(kept), unflatten(hits), path, unflatten(certificate), *room)
+        stats = FilterStatistics(unflatten(kept), unflatten(hits), path, unflatten(certificate), *room, plan.tolerance)
     return LinearCrossEntropyOutput(
         loss,
         lse,

@@ -177,6 +177,17 @@ class Variant:
         sums = {self.accum_e, self.accum_c}
         return self.filter_e.by_tile or self.filter_c.by_tile or bool(sums - {Accumulation.FP32})
 
+    @property
+    def by_element(self) -> bool:
+        """Whether both gradients are under one filter of single entries, which can keep a tolerance."""
+        return bool(self.filter_e) and self.filter_e == self.filter_c and not self.filter_e.by_tile
+
+    def exact(self) -> Variant:
+        """What stands in where such a filter cannot keep a tolerance, or its entries do not fit: no filter."""
+        return dataclasses.replace(
+            self, filter_e=NO_FILTER, filter_c=NO_FILTER, operand=Operand.INPUT, sort_vocabulary=False
+        )
+
     def with_eps(self, eps: float | None) -> Variant:
         """The same variant with another threshold on each filter that it has (None: auto)."""
         return dataclasses.replace(

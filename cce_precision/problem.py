@@ -91,6 +91,9 @@ class Plan:
     # dE is one process's part of a sum over processes: it leaves the pass in the compute dtype, not rounded to e's.
     partial_e: bool = False
     first_column: int = 0  # see Problem
+    # Largest relative error of dE and dC that the filter, of single entries and one for both, may cause; where no such
+    # promise can be kept the gradient is exact. None: the filter filters.
+    tolerance: float | None = None
 
     def encode(self) -> str:
         """The plan as text, in operations that `torch.compile` folds to a constant: an f-string takes the value of a
@@ -101,7 +104,7 @@ class Plan:
             values += [f.kind.value, f.granularity.value, f.eps, f.share]
         values += [v.label_apart, v.sort_vocabulary, *v.tile, self.softcap, self.temperature]
         values += [self.want_entropy, self.want_smooth, self.want_argmax]
-        values += [self.backend, self.workspace_mb, self.want_record, self.partial_e, self.first_column]
+        values += [self.backend, self.workspace_mb, self.want_record, self.partial_e, self.first_column, self.tolerance]
         values += [None] if self.one_pass is None else self.one_pass
         return "|".join([f"{value}" for value in values])
 
@@ -142,6 +145,7 @@ class Plan:
             want_record=flag(),
             partial_e=flag(),
             first_column=int(next(fields)),
+            tolerance=optional(float),
         )
         one_pass = [x == "True" for x in fields if x != "None"]
         return dataclasses.replace(plan, one_pass=(one_pass[0], one_pass[1], one_pass[2])) if one_pass else plan

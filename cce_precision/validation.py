@@ -107,19 +107,28 @@ def check_options(options: Options) -> None:
         raise ValueError(f"validate must be True, False or 'auto', got {o.validate!r}")
 
 
-def check_tolerance(tolerance: object, variant: Variant | None = None) -> None:
+def check_tolerance(tolerance: object, variant: Variant | None = None, entropy: bool = False) -> None:
     """Raises TypeError or ValueError for a tolerance that is neither None nor a finite number > 0, and for one beside a
-    variant (None: impl="auto") that does not adapt to it."""
+    variant (None: impl="auto") that cannot adapt to it, or beside an entropy, whose gradient no filter's bound knows.
+    """
     if tolerance is None:
         return
     if not _is_number(tolerance):
         raise TypeError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
     if not (0 < tolerance < math.inf):  # type: ignore[arg-type, operator]
         raise ValueError(f"tolerance must be None or a finite number > 0, got {tolerance!r}")
-    if variant is not None:
+    if variant is None:
+        return
+    if not variant.by_element:
         raise ValueError(
-            f"tolerance must be None with impl={variant.name!r}, whose error is what it is; impl='auto' chooses a "
-            f"variant by tolerance, got {tolerance!r}"
+            f"tolerance must be None with impl={variant.name!r}, whose error is what it is; cce_sparse, cce_unbiased "
+            "and cce_subsampled (with one filter for both gradients) keep a tolerance, and impl='auto' chooses a "
+            f"variant by it, got {tolerance!r}"
+        )
+    if entropy:
+        raise ValueError(
+            f"tolerance must be None with return_entropy=True, whose gradient the promise of impl={variant.name!r} "
+            f"does not cover, got {tolerance!r}"
         )
 
 
@@ -188,8 +197,13 @@ def check_tensors(
         )
 
 
-def check_whole(whole: bool, return_stats: bool) -> None:
+def check_whole(whole: bool, return_stats: bool, tolerance: object) -> None:
     """Raises ValueError for what has no form where processes share the vocabulary or the tokens."""
+    if not whole and tolerance is not None:
+        raise ValueError(
+            f"tolerance must be None where processes share the vocabulary or the tokens, got {tolerance!r}: each sees "
+            "a part of the gradients alone"
+        )
     if not whole and return_stats:
         raise ValueError("return_stats must be False where processes share the vocabulary or the tokens, got True")
 

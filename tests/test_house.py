@@ -30,6 +30,7 @@ PARTS = {
 RANKS = {
     "numerics": 0,
     "problem": 1,
+    "promise": 1.5,
     "variants": 1,
     "eager": 2,
     "kernels": 2,

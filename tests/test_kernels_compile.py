@@ -75,10 +75,10 @@ def matrix(dtype: str, tma: bool, rows: int, columns: int) -> str:
 
 PAIR, TRIPLE = ("i32", "i32"), ("i32", "i32", "i32")
 RECORD = (False,) * 6 + (True,)
-PLAIN = {"forward": (False,) * 7, "dz": (False,) * 13}
+PLAIN = {"forward": (False,) * 7, "dz": (False,) * 14}
 BUSY = {
     "forward": (True,) * 7,
-    "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False),
+    "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False, True),
 }
 
 
@@ -128,10 +128,10 @@ def logits_arguments(
             "column_sums": FP32,
             "row_stats": FP32,
             "chosen": I32,
+            "active": I32,
             "stride_dz": PAIR,
             "shape": ("i32",) * 4,
-            "scalars": ("fp32", "fp32"),
-            "eps_bits": "i32",
+            "scalars": ("fp32", "fp32", "i32"),
             "DTYPE": Constant(kind),
         }
     return tiles | shared | own
@@ -158,7 +158,7 @@ def test_forward_with_a_record(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", sorted(CAPABILITY))
 def test_split_and_filter(arch: str) -> None:
-    flags = (False,) * 6 + (True,) + (False,) * 6
+    flags = (False,) * 6 + (True,) + (False,) * 7
     config = launch._CONFIGS["dz"][arch][2]
     check(
         logits_arguments("dz", config, "bf16", arch != "sm_80", flags),
@@ -169,7 +169,7 @@ def test_split_and_filter(arch: str) -> None:
     )
     flat = arch != "sm_80"
     config = launch.Config(128, 128, 64 if flat else 32, 8, 4, flatten=flat)
-    flags = (False,) * 5 + (True, False, False, True, True, False, False, False)
+    flags = (False,) * 5 + (True, False, False, True, True, False, False, False, False)
     check(
         logits_arguments("dz", config, "bf16", flat, flags),
         dz.dz_kernel,
@@ -274,13 +274,13 @@ def hopper_matrix(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows}, {columns}],{_LAYOUT!r}>"
 
 
-DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, split)
-    "dz": (False,) * 7,
-    "filter": (True, False, False, True, False, False, False),
-    "filter record": (True, False, True, True, False, False, False),
-    "powers": (False, True, True, False, False, False, False),
-    "split": (False, False, False, False, True, False, True),
-    "softcap": (False, False, False, False, True, True, False),
+DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active)
+    "dz": (False,) * 8,
+    "filter": (True, False, False, True, False, False, False, False),
+    "filter record": (True, False, True, True, False, False, False, False),
+    "powers": (False, True, True, False, False, False, False, False),
+    "split": (False, False, False, False, True, False, True, False),
+    "softcap": (False, False, False, False, True, True, False, True),
 }
 
 
@@ -331,6 +331,7 @@ def test_warp_specialised_kernels(which: str) -> None:
             "row_stats": FP32,
             "chosen": I32,
             "alive": I32,
+            "active": I32,
             "width": "i32",
             "start": "i32",
             "temperature": "fp32",
@@ -366,10 +367,11 @@ def test_warp_specialised_kernels(which: str) -> None:
     assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used
 
 
-PRODUCT_FLAGS = {  # (dC, split, label apart, dE)
-    "both": (True, False, True, True),
-    "frozen c": (False, False, False, True),
-    "split": (True, True, True, True),
+PRODUCT_FLAGS = {  # (dC, split, label apart, dE, active)
+    "both": (True, False, True, True, False),
+    "active": (True, False, True, True, True),
+    "frozen c": (False, False, False, True, False),
+    "split": (True, True, True, True, False),
 }
 
 
@@ -393,6 +395,7 @@ def test_products(which: str) -> None:
         **dict.fromkeys(("own_units", "other_units", "ahead", "rows_first"), "i32"),
         "e_rows": "*bf16",
         "starts": I32,
+        "active": I32,
         "shape": ("i32",) * 5,
         "FLAGS": Constant(PRODUCT_FLAGS[which]),
         "STAGES": Constant(3),

@@ -104,7 +104,7 @@ def test_hits(arch: str, forward: bool, drawn: bool) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC, elements.ROWS])
-def test_dense_way(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filtered_dz(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = launch._CONFIGS["dz"][arch][2]
     tma = arch != "sm_80"
     own = {
@@ -115,11 +115,10 @@ def test_dense_way(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> Non
         "low": matrix("bf16", tma, config.m, config.n),
         "column_sums": FP32,
         "factor": FP32,
-        "active": I32,
         "shape": ("i32:16",) * 5,
         "stride_dz": ROW_MAJOR,
         "scalars": ("fp32",) * 3,
-        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, True, kind, kind == elements.ROWS)),
+        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, kind, kind == elements.ROWS)),
         "DTYPE": Constant(tl.bfloat16),
     }
     check_loops(
@@ -133,13 +132,12 @@ def test_dense_way(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_products_of_the_dense_way(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_the_exact_way(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = fallback.config_of("bf16", arch)
     arguments = {
         "total_e": FP32,
         "out_c": "*bf16",
-        "high": "*bf16",
-        "low": "*bf16",
+        "dz": "*bf16",
         "e": "*bf16",
         "c": "*bf16",
         "targets": I64,
@@ -157,7 +155,7 @@ def test_products_of_the_dense_way(arch: str, monkeypatch: pytest.MonkeyPatch) -
         "N": Constant(config.n),
         "K": Constant(config.k),
         "GROUP": Constant(config.group),
-        "FLAGS": Constant((True, True, True, False, False, False)),
+        "FLAGS": Constant((True, True, False, False)),
         "PRECISION": Constant("ieee"),
         "DTYPE": Constant(tl.bfloat16),
         "PARTS": Constant(3),
@@ -201,18 +199,26 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
 )
 def test_sparse_products(arch: str, dtype: str) -> None:
     rows = {
-        "total": FP32,
+        "out": f"*{dtype}",
+        "base": FP32,
         "c": f"*{dtype}",
+        "targets": I64,
+        "label": FP32,
+        "sigma": FP32,
+        "shift": FP32,
+        "scale": FP32,
         "starts": I32,
         "columns": I32,
         "weights": FP32,
         "dense": I32,
+        "v": "i32",
         "d": "i32",
         "stride_c": ROW_MAJOR,
         "ENTRIES": Constant(8),
         "FEATURES": Constant(512),
+        "FLAGS": Constant((False, True)),
     }
-    check(rows, sparse.add_rows_kernel, arch, num_warps=4, num_stages=3)
+    check(rows, sparse.finish_rows_kernel, arch, num_warps=4, num_stages=3)
     blocks = {
         "out": f"*{dtype}",
         "bias_sums": FP32,
@@ -234,7 +240,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "M": Constant(32),
         "WIDTH": Constant(hits.BLOCK),
         "FEATURES": Constant(128 if dtype == "fp32" else 256),
-        "FLAGS": Constant((True, False, False, False, False, False)),
+        "FLAGS": Constant((True, False, False, False, False)),
         "PARTS": Constant(1 if dtype == "fp32" else 3),
         "DTYPE": Constant(KINDS[dtype]),
         "PRECISION": Constant("ieee"),
@@ -258,27 +264,33 @@ def test_lists(arch: str) -> None:
     check(count, lists.count_kernel, arch, num_warps=4)
     tokens = {
         "words": I16,
+        "lse": FP32,
         "starts": I32,
         "units": I32,
         "tokens": I32,
         "unit_block": I32,
         "fits": I32,
         "n": "i32",
+        "v": "i32",
         "ROWS": Constant(256),
         "BITS": Constant(16),
+        "WIDTH": Constant(16),
         "UNITS": Constant(128),
     }
     check(tokens, lists.tokens_kernel, arch, num_warps=4)
     blocks = {
         "words": I16,
+        "lse": FP32,
         "row_starts": I32,
         "blocks": I32,
         "fits": I32,
         "n": "i32",
+        "v": "i32",
         "tiles": "i32",
         "ROWS": Constant(16),
-        "TILES": Constant(32),
+        "TILES": Constant(16),
         "BITS": Constant(16),
+        "WIDTH": Constant(16),
     }
     check(blocks, lists.blocks_kernel, arch, spills=8, num_warps=4)
     rows = {

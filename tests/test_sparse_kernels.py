@@ -23,7 +23,7 @@ from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import filtered  # noqa: E402
+from cce_precision.kernels import fallback, filtered  # noqa: E402
 from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
 from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
 
@@ -60,19 +60,24 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def gradients(
-    problem: Problem, impl: str, record: bool = True, need: tuple[bool, bool, bool] = (True, True, True)
+    problem: Problem,
+    impl: str,
+    record: bool = True,
+    need: tuple[bool, bool, bool] = (True, True, True),
+    upstream: float = 0.5,
 ) -> Gradients:
     plan, seed = Plan(variants.get(impl).with_eps(EPS), want_record=record), torch.tensor(-(2**40) - 7)
     heads, bits = kernels.forward(problem, plan, seed)
     assert (bits.numel() > 0) == record
-    upstream = Upstream(torch.full((problem.n,), 0.5))
-    return kernels.backward(problem, plan, heads, upstream, need, seed, bits)
+    return kernels.backward(problem, plan, heads, Upstream(torch.full((problem.n,), upstream)), need, seed, bits)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("full", [False, True])
 def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Softcap, bias, class weights, z-loss, an unreduced loss, ignored rows at once; also where the lists are full."""
+    """Softcap, bias, class weights, z-loss, an unreduced loss, ignored rows at once; also where the lists are full, and
+    the gradient is the exact one.
+    """
     k = Knobs(
         seed=5,
         n=12,
@@ -98,6 +103,43 @@ def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatc
     verdict = judge(k)
     assert verdict.holds, str(verdict)
     assert [int(x) for x in seen] == [1] * full
+
+
+@pytest.mark.parametrize(
+    ("impl", "need"),
+    [(impl, (True, True, True)) for impl in IMPLS]
+    + [("cce_sparse", (True, False, False)), ("cce_unbiased", (False, True, True))],
+)
+def test_with_full_lists_the_gradient_is_exact(
+    impl: str, need: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several runs, whose dZ lies in the rows of dC that come later while there are enough."""
+    problem, seen = exact_problem(4, 800, 16), overflow(monkeypatch)
+    monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
+    exact = truth(problem, Objective("sum"))
+    allowed = bound(problem, Plan(variants.get("cce_exact")), Objective("sum"), machine=INTERPRETER)
+    for wanted, name, got in zip(need, ("dE", "dC", "dbias"), gradients(problem, impl, need=need, upstream=1.0)):
+        assert (got is not None) == wanted
+        if got is not None:
+            comparison = compare(got, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name))
+            assert comparison.holds and comparison.tells, (name, comparison)
+    assert [int(x) for x in seen] == [1]
+
+
+def test_dz_of_a_run_lies_beside_what_the_run_writes() -> None:
+    n, v, d = 3, 5000, 20
+    pool, d_c = torch.zeros(n * 300), torch.zeros(v, d)
+    start, where = 0, []
+    while start < v:
+        dz = fallback.room_for_dz(n, start, pool, d_c, 1024)
+        width = dz.shape[1]
+        assert dz.shape[0] == n and width % 256 == 0 and 0 < width <= 1024
+        d_c[start : start + width] = 1.0
+        dz.fill_(2.0)
+        assert bool((d_c[start : start + width] == 1.0).all()) and bool((d_c[:start] == 1.0).all())
+        where.append(dz.data_ptr() == pool.data_ptr())
+        start += width
+    assert not where[0] and where[-1] and sorted(where) == where
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 This is what runs where no kernel does, and what the kernels are held against.
 """
 
-from .backward import backward
+from .adaptive import backward
 from .forward import forward
 from .plain import plain_heads
 from .statistics import statistics

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..numerics import FilterKind, unit_roundoff
 from ..problem import Heads, Plan, Problem, Statistics, Upstream
+from ..promise import Seen
 from .backward import Backward, as_ids
 from .filters import sampled, tile_survives
 from .tiles import block_shape, column_blocks, row_blocks
 
-__all__ = ["statistics"]
+__all__ = ["seen_of", "statistics"]
 
 
 def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Statistics:
@@ -52,6 +53,29 @@ def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Stat
             hits[index] += (p_hat > 0).sum(1) + (p_t > 0)
             deviation[index] += (p_hat - p).abs_().sum(1) + off_t
     return Statistics(mass, hits, _inflate(problem, heads, deviation, longest_c) if filt else deviation)
+
+
+def seen_of(pass_: Backward) -> Seen:
+    """What a pass under a filter of single entries, the same for both gradients, tells of it, without entropy."""
+    problem, heads, filt, seed = pass_.problem, pass_.heads, pass_.variant.filter_e, pass_.seed
+    eps, first, alpha = filt.threshold(problem.operand_dtype), problem.first_column, pass_.factors.alpha
+    mass = torch.exp(-heads.nll)
+    energies = [heads.lse.new_zeros(()), heads.lse.new_zeros(())]
+    height, width = block_shape(problem, Plan(pass_.variant), by_tile=False)
+    for columns in column_blocks(problem, pass_.order, width):
+        c = problem.c[columns.index].to(problem.compute_dtype)
+        for index in row_blocks(problem, pass_.rows, height):
+            e = problem.e[index].to(problem.compute_dtype)
+            block = pass_.block(e, c, index, columns)
+            small = block.p < eps
+            mass[index] += torch.where(small, 0, block.p).sum(1)
+            ids = as_ids(columns.index, block.p) + first
+            for side, (over_columns, norms) in enumerate(((True, c.norm(dim=1)), (False, e.norm(dim=1)[:, None]))):
+                drawn = sampled(block.p, filt, eps, seed, as_ids(index, block.p), columns, ids, over_columns, first)
+                x = torch.where(small, drawn, 0) * alpha[index][:, None]
+                x = x if block.slope is None else x * block.slope
+                energies[side] += (x * norms).square().sum()
+    return Seen(alpha, mass, *energies)
 
 
 def _inflate(problem: Problem, heads: Heads, deviation: Tensor, longest_c: Tensor) -> Tensor:

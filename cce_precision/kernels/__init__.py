@@ -193,7 +193,7 @@ def capacity(problem: Problem, plan: Plan) -> int | None:
     from .filtered import capacity as run
     from .hits import kept_filter
 
-    return None if kept_filter(problem, plan) is None else run(problem, plan.workspace_mb)
+    return None if kept_filter(problem, plan) is None else run(problem, plan)
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:

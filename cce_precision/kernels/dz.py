@@ -39,26 +39,26 @@ def dz_kernel(
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label always included, or unused
     row_stats,  # (2, column tiles, N) fp32 row sums of dZ and row maxima of the logits, or unused
     chosen,  # (units + 1,) int32: how many tiles to compute, and which, see record.units_of; or unused
+    active,  # () int32: 0 where nothing is to be done, else 1; or unused
     shape,  # (N, W, D, position of the first column)
     stride_e,
     stride_c,
     stride_dz,
-    scalars,  # (softcap, temperature)
-    eps_bits,  # the filter's threshold, its fp32 bits
+    scalars,  # (softcap, temperature, fp32 bits of the filter's threshold)
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
     # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of surviving tiles
-    # alone, row statistics, chosen tiles)
+    # alone, row statistics, chosen tiles, active)
     FLAGS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     n, width, d, start = shape
-    softcap, temperature = scalars
+    softcap, temperature, eps_bits = scalars
     BIAS: tl.constexpr = FLAGS[0]
     SOFTCAP: tl.constexpr = FLAGS[1]
     ENTROPY: tl.constexpr = FLAGS[2]
@@ -73,6 +73,8 @@ def dz_kernel(
     units = blocks * tiles
     if FLAGS[12]:
         units = tl.load(chosen)
+    if FLAGS[13]:
+        units *= tl.load(active)
     for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
         if FLAGS[12]:
@@ -173,12 +175,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a launch writes beside dZ, and which tiles it computes (None: all)."""
+    """What a launch writes beside dZ, and what it computes (None: everything)."""
 
     sums: Tensor | None = None  # (row blocks, W)
     alive: Tensor | None = None  # (row blocks, column tiles) int32 zeros
     row_stats: Tensor | None = None  # (2, column tiles, N)
     chosen: Tensor | None = None  # (row blocks, column tiles), not 0: computed
+    active: Tensor | None = None  # () int32: 0 where nothing is, else 1
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def write_dz(
     want_sums: bool,
     tile_filter: TileFilter | None = None,
     chosen: Tensor | None = None,  # (row blocks, column tiles) of the filter: 0 where a tile is known to be dead
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, and then the sums are 0; else 1
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills dz (and dz_low). Returns the column sums (W,) of the unrounded dZ if wanted, and under a filter the (row
     blocks, column tiles) int32 matrix of the largest |P - onehot| of each tile as fp32 bits, 0 where none was computed.
@@ -229,7 +233,7 @@ def write_dz(
     grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
     sums = torch.zeros((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
     alive = torch.zeros(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
-    _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive, None, chosen), tile_filter, config)
+    _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive, None, chosen, active), tile_filter, config)
     return None if sums is None else sums.sum(0), alive
 
 
@@ -263,6 +267,7 @@ def _launch(
         tile_filter is not None and tile_filter.columns,
         row_stats is not None,
         outputs.chosen is not None,
+        outputs.active is not None,
     )
     bits = 0 if tile_filter is None else tile_filter.bits
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)
@@ -290,12 +295,12 @@ def _launch(
         unused if sums is None else sums,
         unused if row_stats is None else row_stats,
         unused if chosen is None else chosen,
+        unused if outputs.active is None else outputs.active,
         (rows, width, problem.d, run.start),
         tuple(e.stride()),
         tuple(run.c.stride()),
         tuple(dz.stride()),
-        (float(problem.softcap or 1.0), float(problem.temperature)),
-        bits,
+        (float(problem.softcap or 1.0), float(problem.temperature), bits),
         M=config.m,
         N=config.n,
         K=config.k,

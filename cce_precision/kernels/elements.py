@@ -154,7 +154,6 @@ def filtered_kernel(
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label included, or unused
     factor,  # (W,) or (N,) fp32 of the filter, or unused
     seed,  # () int64
-    active,  # () int32: 0 where nothing is to be done; or unused
     shape,  # (N, W, D, first column among these targets', the same in the whole vocabulary)
     stride_e,
     stride_c,
@@ -165,7 +164,7 @@ def filtered_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, active, kind of the filter, tail)
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, kind of the filter, tail)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -173,10 +172,7 @@ def filtered_kernel(
     n, width, d, start, first_id = shape
     softcap, temperature, eps = scalars
     blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
-    units = blocks * tiles
-    if FLAGS[5]:
-        units = tl.where(tl.load(active) != 0, units, 0)
-    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=FLATTEN):
+    for unit in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
         acc = tl.zeros((M, N), tl.float32)
         for k in range(0, d, K):
@@ -206,8 +202,8 @@ def filtered_kernel(
             temperature,
             eps,
             FLAGS[2],
+            FLAGS[5],
             FLAGS[6],
-            FLAGS[7],
         )
         if FLAGS[4]:
             own = tl.arange(0, N)[None, :] == local[:, None]
@@ -285,16 +281,14 @@ def write_filtered(
     high: Tensor,  # (N, W)
     low: Tensor | None,  # (N, W)
     want_sums: bool = False,
-    active: Tensor | None = None,
 ) -> Tensor | None:
     """Fills high (and low) with dZ under an element filter, without the label. Returns (row blocks, W) column sums of
-    the unrounded dZ with the label, if wanted. Where `active` is 0 nothing is filled and the sums are 0.
+    the unrounded dZ with the label, if wanted.
     """
     rows, width = e.shape[0], c.shape[0]
     config = config_for("dz", c)
     blocks = triton.cdiv(rows, config.m)
-    new = torch.empty if active is None else torch.zeros
-    sums = new((blocks, width), dtype=torch.float32, device=e.device) if want_sums else None
+    sums = torch.empty((blocks, width), dtype=torch.float32, device=e.device) if want_sums else None
     tma = descriptor_fits(e) and descriptor_fits(c) and descriptor_fits(high)
     unused = terms.terms
     put = lambda x: operand(high if x is None else x, [config.m, config.n], tma)  # noqa: E731
@@ -310,7 +304,6 @@ def write_filtered(
         unused if sums is None else sums,
         unused if filt.factor is None else filt.factor,
         filt.seed,
-        filt.seed if active is None else active,
         (rows, width, problem.d, start, problem.first_column + start),
         tuple(e.stride()),
         tuple(c.stride()),
@@ -327,7 +320,6 @@ def write_filtered(
             terms.entropy,
             low is not None,
             want_sums,
-            active is not None,
             filt.kind,
             filt.tail,
         ),

@@ -1,53 +1,36 @@
-"""The second products of a run of columns, which the device takes or leaves: the library's products cannot wait for a
-decision made there.
+"""The exact dense way of a backward pass, as `cce_exact` goes it, which the device takes or leaves: where lists of
+entries overflow, or keep no promise.
 
-dC of the run and dE's part from it are one launch. dC is complete over the tokens: it leaves with the target's terms
-added, scaled and rounded once, or it is added to the fp32 sums of a filter's tail.
+By runs of columns: dZ, and its two products in one launch. dC is complete over the tokens: it leaves with the target's
+terms added, scaled and rounded once. The library's products cannot wait for a decision made on the device; on Hopper
+hopper_product.py's are the fastest, elsewhere these. The host launches all of it and waits for nothing.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
+from .dz import Run, write_dz
 from .elements import DTYPES
-from .launch import Config, architecture, multiprocessors, precision_of
-from .primitives import grouped, load_tile, multiply_add, round_to, wide
-from .terms import RowTerms, TokensByTarget
+from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
+from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
+from .schedule import WIDEST, best_width
+from .terms import RowTerms, TokensByTarget, label_rows
 
-__all__ = ["add_parts", "config_of", "multiply_where"]
+__all__ = ["NARROWEST", "config_of", "exact_where", "multiply_where"]
 
-
-@triton.jit
-def add_parts(
-    acc, left, right, OF_LEFT: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc + left right, where the one in fp32 (left if OF_LEFT) is a sum of PARTS numbers of the other's dtype.
-
-    Three parts are all of fp32; fp16, whose range does not hold the parts of a small number, is widened instead.
-    """
-    if (tl.float16 == DTYPE) & (PARTS == 3):
-        return multiply_add(left.to(tl.float32), right.to(tl.float32), acc, "ieee")
-    rest = left if OF_LEFT else right
-    for i in tl.static_range(PARTS):
-        part = round_to(rest, DTYPE)
-        if OF_LEFT:
-            acc = multiply_add(part, right, acc, PRECISION)
-        else:
-            acc = multiply_add(left, part, acc, PRECISION)
-        if i + 1 < PARTS:
-            rest -= part.to(tl.float32)
-    return acc
+NARROWEST = 256  # columns of a run
 
 
 @triton.jit
 def products_kernel(
     total_e,  # (N, D) fp32, in and out; or unused
-    out_c,  # (V, D) gradient, or (W, D) fp32 sums, in and out; or unused
-    high,  # (N, W) dZ
-    low,  # (N, W) what its rounding lost; or unused
+    out_c,  # (V, D) gradient; or unused
+    dz,  # (N, W)
     e,  # (N, D) contiguous
     c,  # (W, D)
     targets,  # (N,) int64
@@ -65,7 +48,7 @@ def products_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
-    FLAGS: tl.constexpr,  # (dE, dC, low, dC as sums, shift, weight)
+    FLAGS: tl.constexpr,  # (dE, dC, shift, weight)
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -84,22 +67,16 @@ def products_kernel(
         if of_c:
             for k in range(0, n, K):
                 b = load_tile(e, stride_e, k, j * N, n, d, K, N, False)
-                acc = multiply_add(load_tile(high, stride_dz, k, i * M, n, width, K, M, False).T, b, acc, PRECISION)
-                if FLAGS[2]:
-                    acc = multiply_add(load_tile(low, stride_dz, k, i * M, n, width, K, M, False).T, b, acc, PRECISION)
+                acc = multiply_add(load_tile(dz, stride_dz, k, i * M, n, width, K, M, False).T, b, acc, PRECISION)
         else:
             for k in range(0, width, K):
                 b = load_tile(c, stride_c, k, j * N, width, d, K, N, False)
-                acc = multiply_add(load_tile(high, stride_dz, i * M, k, n, width, M, K, False), b, acc, PRECISION)
-                if FLAGS[2]:
-                    acc = multiply_add(load_tile(low, stride_dz, i * M, k, n, width, M, K, False), b, acc, PRECISION)
+                acc = multiply_add(load_tile(dz, stride_dz, i * M, k, n, width, M, K, False), b, acc, PRECISION)
         row, column = i * M + tl.arange(0, M), j * N + tl.arange(0, N)
         at = wide(d) * row[:, None] + column[None, :]
         mask = (row < tl.where(of_c, width, n))[:, None] & (column < d)[None, :]
         if not of_c:
             tl.store(total_e + at, acc + tl.load(total_e + at, mask=mask, other=0.0), mask=mask)
-        elif FLAGS[3]:
-            tl.store(out_c + at, acc + tl.load(out_c + at, mask=mask, other=0.0), mask=mask)
         else:
             classes = start + row
             first = tl.load(target_starts + tl.minimum(start + i * M, v))
@@ -113,9 +90,9 @@ def products_kernel(
                 inside = (place < last)[:, None] & (column < d)[None, :]
                 rows = tl.load(e + token[:, None] * d + column[None, :], mask=inside, other=0)
                 acc = add_parts(acc, x, rows, True, DTYPE, PARTS, PRECISION)
-            if FLAGS[4]:
+            if FLAGS[2]:
                 w = tl.full((M,), 1.0, tl.float32)
-                if FLAGS[5]:
+                if FLAGS[3]:
                     w = tl.load(weight + classes, mask=row < width, other=0.0)
                 acc -= w[:, None] * tl.load(shift + column, mask=column < d, other=0.0)[None, :]
             value = round_to(acc * tl.load(scale), out_c.dtype.element_ty)
@@ -136,11 +113,9 @@ def multiply_where(
     start: int,
     terms: RowTerms,
     segments: TokensByTarget,
-    high: Tensor,  # (N, W) dZ without the labels
-    low: Tensor | None,  # (N, W)
+    dz: Tensor,  # (N, W) without the labels
     total_e: Tensor | None,  # (N, D) fp32: += dZ c
     d_c: Tensor | None,  # (V, D): its rows of this run = dZ^T e + labels - weight shift, scaled and rounded once
-    sums: Tensor | None,  # (W, D) fp32: += dZ^T e, instead of d_c
     shift: Tensor | None,  # (D,) fp32
     active: Tensor,  # () int32: 0 where nothing is to be done
 ) -> None:
@@ -150,13 +125,11 @@ def multiply_where(
     cuda = e.device.type == "cuda"
     config = config_of(str(e.dtype), architecture(e.device)) if cuda else Config(16, 32, 16, 4, 1, group=2)
     m, f = config.m, config.n
-    out_c = d_c if sums is None else sums
     rows = triton.cdiv(width, m) + triton.cdiv(n, m)
     products_kernel[(min(rows * triton.cdiv(d, f), multiprocessors(e.device)),)](
         terms.terms if total_e is None else total_e,
-        terms.terms if out_c is None else out_c,
-        high,
-        high if low is None else low,
+        terms.terms if d_c is None else d_c,
+        dz,
         e,
         c,
         terms.targets,
@@ -168,16 +141,84 @@ def multiply_where(
         terms.scale,
         active,
         (n, problem.v, width, d, start),
-        tuple(high.stride()),
+        tuple(dz.stride()),
         tuple(c.stride()),
         M=m,
         N=f,
         K=config.k,
         GROUP=config.group,
-        FLAGS=tuple(x is not None for x in (total_e, out_c, low, sums, shift, weight)),
+        FLAGS=tuple(x is not None for x in (total_e, d_c, shift, weight)),
         PRECISION=precision_of(e),
         DTYPE=DTYPES[e.dtype],
         PARTS=1 if e.element_size() == 4 else 3,
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+def exact_where(
+    problem: Problem,
+    e: Tensor,  # (N, D) contiguous, ignored rows 0
+    terms: RowTerms,
+    segments: TokensByTarget,
+    pool: Tensor,  # fp32 workspace: the sums of dE, if wanted, and NARROWEST columns of dZ at least
+    want_e: bool,
+    d_c: Tensor | None,  # (V, D)
+    d_bias: Tensor | None,  # (V,) fp32
+    shift_e: Tensor | None,  # (D,) fp32: what dE's rows lose, times sigma
+    shift_c: Tensor | None,  # (D,) fp32: what dC's rows lose, times the column weight
+    active: Tensor,  # () int32: 0 where nothing is to be done, else 1
+) -> Tensor | None:
+    """Fills d_c and d_bias with the gradients of every entry. Returns the sums of dE (N, D), fp32 and unscaled."""
+    n, v, d = problem.n, problem.v, problem.d
+    total = label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active) if want_e else None
+    pool = pool[-(-n * d // 64) * 64 if want_e else 0 :].view(problem.operand_dtype)
+    by_hopper = shift_c is None and _products_by_hopper(problem)
+    widest = WIDEST
+    if by_hopper:
+        wanted = (want_e, d_c is not None)
+        widest = best_width(n, v, d, min(WIDEST, -(-v // 256) * 256), 1, wanted, multiprocessors(e.device))
+    start = 0
+    while start < v:
+        dz = room_for_dz(n, start, pool, d_c, widest)
+        stop = min(start + dz.shape[1], v)
+        c, bias, weight = (
+            None if x is None else x[start:stop] for x in (problem.c, problem.bias, problem.column_weight)
+        )
+        assert c is not None
+        dz = dz[:, : stop - start]
+        sums, _ = write_dz(problem, e, Run(start, c, bias, weight), terms, dz, None, d_bias is not None, active=active)
+        if d_bias is not None and sums is not None:
+            d_bias[start:stop].copy_(torch.where(active != 0, sums, d_bias[start:stop]))
+        if by_hopper and (want_e or d_c is not None):
+            from .hopper_product import Columns, Labels, add_products
+
+            labels = Labels(e, terms.targets, terms.label, segments)
+            columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
+            add_products([dz], e, c, columns, total, active)
+        elif want_e or d_c is not None:
+            multiply_where(problem, e, c, start, terms, segments, dz, total, d_c, shift_c, active)
+        start = stop
+    return total
+
+
+def _products_by_hopper(problem: Problem) -> bool:
+    if problem.c.device.type != "cuda" or not hopper_fits(problem.c, True):
+        return False
+    from .hopper_product import products_fit
+
+    return products_fit(problem.c)
+
+
+def room_for_dz(n: int, start: int, pool: Tensor, d_c: Tensor | None, widest: int) -> Tensor:
+    """(N, W) for the run of columns from `start` on, W a multiple of 256, at most `widest`: in the pool, or where that
+    is wider in the rows of dC that come later.
+    """
+    width = pool.numel() // n // 256 * 256
+    if d_c is not None and width < widest:
+        v, d = d_c.shape
+        later = min((v - start) * d // (n + d) // 256 * 256, widest)
+        if later > width:
+            return d_c.view(-1)[(start + later) * d :][: n * later].view(n, later)
+    width = min(width, widest)
+    return pool[: n * width].view(n, width)

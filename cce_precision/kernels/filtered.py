@@ -2,8 +2,8 @@
 
 `sparse`, where both sides have one filter: dZ is a sparse matrix (sparse.py), and below the threshold a subset filter
 adds two small dense products (subsets.py). Where the hits are more than the workspace holds, as on a flat softmax, the
-device itself takes the dense way instead: dZ under the same filter by runs of columns (elements.py), and products. The
-host launches both and waits for neither. `dense`, for all else: library products of each side's dZ.
+device itself takes the exact dense way instead (fallback.py). The host launches both and waits for neither. `dense`,
+for all other filters: library products of each side's dZ.
 """
 
 from __future__ import annotations
@@ -16,19 +16,29 @@ from torch import Tensor
 
 from ..numerics import Filter, FilterKind
 from ..problem import Heads, Plan, Problem, Upstream
+from ..promise import filter_error
 from .dense import accumulate_product, no_tokens
 from .elements import COLUMNS, ROWS, ElementFilter, write_filtered
-from .fallback import multiply_where
+from .fallback import NARROWEST, exact_where
 from .hits import BLOCK, found_again, kept_filter, words_of
 from .lists import counts_of, lists_of
-from .sparse import Entries, add_rows, entries_of, finish_blocks
+from .sparse import Entries, entries_of, finish_blocks, finish_rows, seen_of
 from .subsets import Tail, members, tail_of
-from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, row_terms, weighted_sum
+from .terms import (
+    RowTerms,
+    TokensByTarget,
+    clean_rows,
+    finish_columns,
+    label_rows,
+    row_terms,
+    scale_into,
+    weighted_sum,
+)
 
 __all__ = ["backward_filtered", "capacity", "occupancy"]
 
 DEFAULT_WORKSPACE_MB = 192
-NARROWEST = 256
+TAIL_SHARE = 4  # the part of the workspace that holds a subset filter's sums of dC
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -49,7 +59,7 @@ def backward_filtered(
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
     if kept_filter(problem, plan) is None:
         return dense(problem, plan, e, terms, need, seed)
-    return sparse(problem, plan, e, terms, need, seed, record)
+    return sparse(problem, plan, heads, e, terms, need, seed, record)
 
 
 def side_filter(
@@ -67,34 +77,24 @@ def side_filter(
 
 @dataclass(frozen=True)
 class Buffers:
-    """The workspace of a sparse pass. What the dense way needs lies over what the sparse way needs: only one runs."""
+    """The workspace of a sparse pass. What the exact way needs lies over what the sparse way needs: only one runs."""
 
     hits: int  # capacity
     values: Tensor  # (hits, BLOCK) fp32
     columns: Tensor  # (entries,) int32
     weights: Tensor  # (entries,) fp32
-    dz: Tensor  # (1 or 2, N, W) operand dtype
-    sums: Tensor | None  # (W, D) fp32, for a filter with a tail
+    pool: Tensor  # fp32, all of it
 
     @staticmethod
-    def of(problem: Problem, workspace_mb: int | None, tail: bool) -> Buffers:
-        n, d, device, dtype = problem.n, problem.d, problem.e.device, problem.operand_dtype
-        size = (DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
+    def of(problem: Problem, size: int) -> Buffers:
+        """In `size` bytes, or as many as the exact way needs at least."""
+        n, d, dtype = problem.n, problem.d, problem.operand_dtype
         hits, entries = capacities(n, -(-problem.v // BLOCK), size)
-        parts = 1 if dtype is torch.float32 else 2
-        column = parts * n * dtype.itemsize
-        width = min(max(NARROWEST, size // column // 256 * 256), -(-problem.v // 16) * 16)
-        size = max(hits * 4 * BLOCK + entries * 8, width * column)
-        pool = torch.empty(-(-size // 4), dtype=torch.float32, device=device)
-        part, rest = pool[: hits * BLOCK], pool[hits * BLOCK : hits * BLOCK + 2 * entries]
-        return Buffers(
-            hits,
-            part.view(hits, BLOCK),
-            rest[:entries].view(torch.int32),
-            rest[entries:],
-            pool.view(dtype)[: parts * n * width].view(parts, n, width),
-            torch.empty((width, d), dtype=torch.float32, device=device) if tail else None,
-        )
+        least = -(-n * d // 64) * 256 + n * NARROWEST * dtype.itemsize
+        size = max(hits * 4 * BLOCK + entries * 8, least)
+        pool = torch.empty(-(-size // 4), dtype=torch.float32, device=problem.e.device)
+        values, rest = pool[: hits * BLOCK], pool[hits * BLOCK : hits * BLOCK + 2 * entries]
+        return Buffers(hits, values.view(hits, BLOCK), rest[:entries].view(torch.int32), rest[entries:], pool)
 
 
 def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
@@ -103,17 +103,23 @@ def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
     return hits, hits * BLOCK if hits == n * blocks else hits * 3 // 2
 
 
+def sizes(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """Bytes of the workspace for a sparse pass: the buffers', and those of the tail's sums of dC."""
+    size = (DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb) * 2**20
+    tail = size // TAIL_SHARE if plan.variant.filter_e.kind is FilterKind.SUBSET else 0
+    return size - tail, tail
+
+
 def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record: Tensor | None) -> Tensor:
-    """The hits as words (column tiles, N) that are the caller's to change: from the forward pass, or found again."""
+    """The hits as words (column tiles, N): from the forward pass, or found again."""
     if record is not None and record.numel() > 0:
-        return words_of(problem, record).clone()
+        return words_of(problem, record)
     return found_again(problem, filt, seed, lse)
 
 
-def capacity(problem: Problem, workspace_mb: int | None) -> int:
-    """How many hits the workspace holds. With more of them a sparse pass takes the dense way."""
-    size = (DEFAULT_WORKSPACE_MB if workspace_mb is None else workspace_mb) * 2**20
-    return capacities(problem.n, -(-problem.v // BLOCK), size)[0]
+def capacity(problem: Problem, plan: Plan) -> int:
+    """How many hits the workspace holds. With more of them a sparse pass takes the exact dense way."""
+    return capacities(problem.n, -(-problem.v // BLOCK), sizes(problem, plan)[0])[0]
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
@@ -128,16 +134,20 @@ def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: T
 def sparse(
     problem: Problem,
     plan: Plan,
+    heads: Heads,
     e: Tensor,
     terms: RowTerms,
     need: tuple[bool, bool, bool],
     seed: Tensor,
     record: Tensor | None,
 ) -> Gradients:
-    """The kept entries as a sparse matrix, the tail of a subset filter by small dense products."""
+    """The kept entries as a sparse matrix, the tail of a subset filter by small dense products; or the exact gradient,
+    where the entries do not fit or their filter cannot keep plan.tolerance.
+    """
     need_e, need_c, need_bias = need
-    v, d, device, filt = problem.v, problem.d, problem.e.device, plan.variant.filter_e
-    buffers = Buffers.of(problem, plan.workspace_mb, filt.kind is FilterKind.SUBSET)
+    n, v, d, device, filt = problem.n, problem.v, problem.d, problem.e.device, plan.variant.filter_e
+    size, tail_size = sizes(problem, plan)
+    buffers = Buffers.of(problem, size)
     lse = terms.terms[0]
     words = words_for(problem, filt, seed, lse, record)
     kept = ElementFilter.of(filt, problem.operand_dtype, seed)
@@ -145,63 +155,71 @@ def sparse(
     del words
     entries = entries_of(problem, e, terms, kept, lists, buffers.values, buffers.columns, buffers.weights)
     segments = TokensByTarget.of(problem.targets, v)
-    weighted_e = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
-    weighted_c = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
-    total_e = label_rows(problem, terms, weighted_c) if need_e else None
+    shift_c = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
+    shift_e = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
-    tail = None
+    base, energies = None, None
     if filt.kind is FilterKind.SUBSET:
-        tail = tail_of(problem, plan, e, terms, filt, seed)
-        if total_e is not None:
-            tail.add_to_rows(total_e)
+        tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense)
+        if need_e:
+            base = label_rows(problem, terms, shift_e)
+            tail.add_to_rows(base)
+        if need_c or need_bias:
+            tail_by_runs(problem, e, terms, segments, entries, tail, tail_size, d_c, d_bias, shift_c)
+        energies = tail.energies
+        del tail
     elif need_c or need_bias:
-        finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, weighted_e)
-    if total_e is not None:
-        add_rows(problem, entries, total_e)
-    if tail is not None or buffers.hits < problem.n * -(-v // BLOCK):
-        by_runs(problem, e, terms, kept, entries, segments, buffers, tail, total_e, d_c, d_bias, weighted_e)
-    return finish(problem, plan, terms, total_e, d_c, d_bias)
+        finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift_c)
+    d_e = None
+    if need_e:  # in the place of the copy of e, where that is read for the last time
+        apart = plan.partial_e or plan.tolerance is not None
+        d_e = torch.empty((n, d), dtype=torch.float32 if plan.partial_e else e.dtype, device=device) if apart else e
+    if plan.tolerance is not None and (need_e or need_c):
+        if d_e is not None:
+            finish_rows(problem, terms, entries, d_e, base, shift_e)
+        seen = seen_of(problem, terms, entries, kept, heads.nll)
+        if energies is not None:
+            seen = dataclasses.replace(seen, energy_e=energies[0], energy_c=energies[1])
+        broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
+        entries = dataclasses.replace(entries, dense=torch.maximum(entries.dense, broken.to(torch.int32)))
+    total_e = None
+    if plan.tolerance is not None or buffers.hits < n * -(-v // BLOCK):
+        active = entries.dense
+        total_e = exact_where(problem, e, terms, segments, buffers.pool, need_e, d_c, d_bias, shift_e, shift_c, active)
+    if d_e is not None:
+        if plan.tolerance is None:
+            finish_rows(problem, terms, entries, d_e, base, shift_e)
+        if total_e is not None:
+            scale_into(d_e, total_e, terms.scale, entries.dense)
+    return d_e, d_c, finish_bias(problem, terms, d_bias)
 
 
-def by_runs(
+def tail_by_runs(
     problem: Problem,
     e: Tensor,
     terms: RowTerms,
-    kept: ElementFilter,
-    entries: Entries,
     segments: TokensByTarget,
-    buffers: Buffers,
-    tail: Tail | None,
-    total_e: Tensor | None,
+    entries: Entries,
+    tail: Tail,
+    size: int,  # bytes for the tail's dZ and sums
     d_c: Tensor | None,
     d_bias: Tensor | None,
     shift: Tensor | None,
 ) -> None:
-    """What goes by runs of columns: the tail's part of dC, and where entries.dense is 1 everything that is kept."""
-    v, width = problem.v, buffers.dz.shape[2]
-    # Beside a tail the labels are added at the end.
-    own = terms if tail is None else dataclasses.replace(terms, label=torch.zeros_like(terms.label))
+    """dC and dbias of a filter with a tail, where entries.dense is not 1: the tail's part goes by runs of columns."""
+    v, d = problem.v, problem.d
+    column = 4 * d + problem.operand_dtype.itemsize * tail.part.n
+    width = min(max(NARROWEST, size // column // 256 * 256), -(-v // BLOCK) * BLOCK)
+    buffer = torch.empty((width, d), dtype=torch.float32, device=e.device) if d_c is not None else None
     for start in range(0, v, width):
         stop = min(start + width, v)
-        c, bias = (None if x is None else x[start:stop] for x in (problem.c, problem.bias))
-        high, *rest = (part[:, : stop - start] for part in buffers.dz)
-        low = rest[0] if rest else None
-        sums, bias_sums = None, None
-        if tail is not None:
-            sums = buffers.sums[: stop - start] if d_c is not None and buffers.sums is not None else None
-            bias_sums = tail.columns(start, c, bias, sums, d_bias is not None)
-        active = entries.dense
-        more = write_filtered(problem, e, c, bias, start, own, kept, high, low, d_bias is not None, active)
-        multiply_where(problem, e, c, start, terms, segments, high, low, total_e, d_c, sums, shift, active)
-        if tail is not None and (d_c is not None or d_bias is not None):
-            finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift, (start, stop), sums, always=True)
-        if d_bias is not None and more is not None:
-            part = d_bias[start:stop]
-            if bias_sums is None:
-                part.copy_(torch.where(active != 0, more.sum(0), part))
-            else:
-                part += more.sum(0) + bias_sums
+        sums = None if buffer is None else buffer[: stop - start]
+        bias = None if problem.bias is None else problem.bias[start:stop]
+        bias_sums = tail.columns(start, problem.c[start:stop], bias, sums, d_bias is not None)
+        finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift, (start, stop), sums)
+        if d_bias is not None and bias_sums is not None:
+            d_bias[start:stop] += bias_sums
 
 
 def dense(
@@ -251,7 +269,11 @@ def dense(
             if total_e is not None and rows:
                 for x in operands:
                     accumulate_product(total_e, x, c, False)
-    return finish(problem, plan, terms, total_e, d_c, d_bias)
+    d_e = None
+    if total_e is not None:
+        d_e = torch.empty_like(total_e) if plan.partial_e else e  # read for the last time
+        scale_into(d_e, total_e, terms.scale)
+    return d_e, d_c, finish_bias(problem, terms, d_bias)
 
 
 def part_of(filt: ElementFilter, index: slice) -> ElementFilter:
@@ -259,18 +281,11 @@ def part_of(filt: ElementFilter, index: slice) -> ElementFilter:
     return dataclasses.replace(filt, factor=None if filt.factor is None else filt.factor[index])
 
 
-def finish(
-    problem: Problem, plan: Plan, terms: RowTerms, total_e: Tensor | None, d_c: Tensor | None, d_bias: Tensor | None
-) -> Gradients:
-    """dE and dbias rounded once from their sums; dC is finished already."""
-    d_e = None
-    if total_e is not None:
-        d_e = total_e.mul_(terms.scale) if plan.partial_e else None
-        if d_e is None:
-            d_e = torch.mul(total_e, terms.scale, out=torch.empty_like(total_e, dtype=problem.e.dtype))
-    if d_bias is None or problem.bias is None:
-        return d_e, d_c, None
+def finish_bias(problem: Problem, terms: RowTerms, sums: Tensor | None) -> Tensor | None:
+    """dbias, rounded once from the column sums (V,) of dZ, which it changes."""
+    if sums is None or problem.bias is None:
+        return None
     if terms.smooth_apart:
-        total_sigma = terms.sigma.sum()
-        d_bias -= total_sigma if problem.column_weight is None else problem.column_weight * total_sigma
-    return d_e, d_c, torch.mul(d_bias, terms.scale).to(problem.bias.dtype)
+        total = terms.sigma.sum()
+        sums -= total if problem.column_weight is None else problem.column_weight * total
+    return torch.mul(sums, terms.scale).to(problem.bias.dtype)

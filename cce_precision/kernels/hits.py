@@ -52,10 +52,8 @@ def kept_filter(problem: Problem, plan: Plan) -> Filter | None:
 
     Both sides must have the same one: the sparse pass computes each entry once.
     """
-    variant = plan.variant
-    if variant.filter_e != variant.filter_c or not variant.filter_e or variant.filter_e.by_tile:
-        return None
-    return variant.filter_e if variant.filter_e.threshold(problem.operand_dtype) > 0 else None
+    filt = plan.variant.filter_e
+    return filt if plan.variant.by_element and filt.threshold(problem.operand_dtype) > 0 else None
 
 
 def leaves_record(problem: Problem, plan: Plan) -> bool:

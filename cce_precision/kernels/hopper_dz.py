@@ -139,13 +139,14 @@ def hopper_dz_kernel(
     row_stats,  # (2, column tiles, N) fp32 or unused
     chosen,  # (units + 1,) int32 or unused
     alive,  # (row blocks, tiles of 128 columns) int32 zeros: the largest |P - onehot| as fp32 bits; or unused
+    active,  # () int32: 0 where nothing is to be done, else 1; or unused
     n,
     width,
     d,
     start,
     temperature,
     softcap,
-    FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split)
+    FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -162,6 +163,8 @@ def hopper_dz_kernel(
     units = blocks * tiles
     if FLAGS[2]:
         units = gl.load(chosen)
+    if FLAGS[7]:
+        units *= gl.load(active)
     first, last, step = gl.program_id(0), units, gl.num_programs(0)
     never = gl.to_tensor(-1)
     gl.warp_specialize(
@@ -280,7 +283,8 @@ def launch_dz(
     if chosen is not None:
         chosen = units_of(chosen, group, 1 if alive is None else 2)  # a filter's tiles have 128 columns
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
-    flags = (*optional, run.bias is not None, problem.softcap is not None, dz_low is not None)
+    split, active = dz_low is not None, outputs.active is not None
+    flags = (*optional, run.bias is not None, problem.softcap is not None, split, active)
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
         describe(e, 128, 64),
         describe(run.c, 256, 64),
@@ -293,6 +297,7 @@ def launch_dz(
         terms.terms if stats is None else stats,
         terms.targets if chosen is None else chosen,
         terms.targets if alive is None else alive,
+        terms.targets if outputs.active is None else outputs.active,
         n,
         width,
         e.shape[1],

@@ -270,12 +270,13 @@ def hopper_product_kernel(
     targets,  # (N,) int64
     label,  # (N,) fp32
     scale,  # () fp32
+    active,  # () int32: 0 where nothing is to be done, else 1; or unused
     shape,  # (N, W, D, position of the first column, V)
     own_units,  # tiles of the kind that comes first, the long ones
     other_units,
     ahead,  # rounds of the other kind that programs with one long tile fewer take before the rest
     rows_first,  # 1: dE's tiles are the long ones
-    FLAGS: gl.constexpr,  # (dC, split, label apart, dE)
+    FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active)
     STAGES: gl.constexpr,
 ):
     left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, DEPTH], dz.layout)
@@ -294,6 +295,8 @@ def hopper_product_kernel(
     early = gl.where(program < remainder, 0, ahead)
     late = other_units - ahead * (programs - remainder) - program
     turns = own + early + (gl.maximum(late, 0) + programs - 1) // programs
+    if FLAGS[4]:
+        turns *= gl.load(active)
     rows_first = rows_first != 0
     gl.warp_specialize(
         [
@@ -419,6 +422,7 @@ def add_products(
     c: Tensor,  # (W, D)
     columns: Columns | None,
     sum_e: Tensor | None,  # (N, D) fp32
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1
 ) -> None:
     """dZ^T E plus the label terms, scaled and rounded once, and sum_e += dZ C; None: not wanted, but one of them is.
 
@@ -448,12 +452,13 @@ def add_products(
         unused if labels is None else labels.targets,
         unused if labels is None else labels.label,
         unused if columns is None else columns.scale,
+        unused if active is None else active,
         (n, width, d, *positions),
         own_units,
         other_units,
         plan.ahead,
         int(plan.rows_first),
-        FLAGS=(columns is not None, len(operands) > 1, labels is not None, sum_e is not None),
+        FLAGS=(columns is not None, len(operands) > 1, labels is not None, sum_e is not None, active is not None),
         STAGES=3,
         num_warps=4,
     )

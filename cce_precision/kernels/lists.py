@@ -48,9 +48,16 @@ def spread(words, BITS: tl.constexpr):
 
 
 @triton.jit
+def every_bit(tile, v, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """The word (int16) of a column tile, of which there may be several, that has a bit for every block of columns."""
+    there = tl.minimum(tl.maximum(tl.cdiv(v, WIDTH) - tile * BITS, 0), BITS)
+    return ((1 << there) - 1).to(tl.int16)
+
+
+@triton.jit
 def count_kernel(
-    words,  # (tiles, N) int16, in and out: a token whose lse is NaN gets every bit
-    lse,  # (N,) fp32, inf where ignored
+    words,  # (tiles, N) int16
+    lse,  # (N,) fp32, inf where ignored; a token whose lse is NaN has every bit
     column_counts,  # (tiles x BITS,) int32, out
     row_counts,  # (N,) int32, zeros, in and out
     n,
@@ -60,17 +67,12 @@ def count_kernel(
     WIDTH: tl.constexpr,  # columns of a block
 ):
     tile = tl.program_id(0)
-    at = words + wide(n) * tile
-    real = ((tile * BITS + tl.arange(0, BITS)) * WIDTH < v).to(tl.int32)
-    every = tl.sum(real << tl.arange(0, BITS), 0)
     total = tl.zeros((BITS,), tl.int32)
     for first in range(0, n, ROWS):
         rows = first + tl.arange(0, ROWS)
-        word = tl.load(at + rows, mask=rows < n, other=0)
+        word = tl.load(words + wide(n) * tile + rows, mask=rows < n, other=0)
         value = tl.load(lse + rows, mask=rows < n, other=0.0)
-        broken = value != value
-        word = tl.where(broken, every.to(tl.int16), word)
-        tl.store(at + rows, word, mask=broken)
+        word = tl.where(value == value, word, every_bit(tile, v, BITS, WIDTH))
         bits = spread(word, BITS)
         total += tl.sum(bits, 0)
         tl.atomic_add(row_counts + rows, tl.sum(bits, 1), mask=word != 0)
@@ -80,14 +82,17 @@ def count_kernel(
 @triton.jit
 def tokens_kernel(
     words,  # (tiles, N) int16
+    lse,  # (N,) fp32
     starts,  # (tiles x BITS + 1,) int32
     units,  # (tiles x BITS + 1,) int32
     tokens,  # (capacity,) out
     unit_block,  # out
     fits,
     n,
+    v,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
     UNITS: tl.constexpr,  # most batches of a block
 ):
     if tl.load(fits) != 0:
@@ -99,7 +104,9 @@ def tokens_kernel(
         tl.store(unit_block + unit, tl.broadcast_to(block[:, None], (BITS, UNITS)), mask=unit < last_unit[:, None])
         for first in range(0, n, ROWS):
             rows = first + tl.arange(0, ROWS)
-            bits = spread(tl.load(words + wide(n) * tile + rows, mask=rows < n, other=0), BITS)
+            word = tl.load(words + wide(n) * tile + rows, mask=rows < n, other=0)
+            value = tl.load(lse + rows, mask=rows < n, other=0.0)
+            bits = spread(tl.where(value == value, word, every_bit(tile, v, BITS, WIDTH)), BITS)
             rank = tl.cumsum(bits, 0)
             tl.store(tokens + place[None, :] + rank - 1, tl.broadcast_to(rows[:, None], (ROWS, BITS)), mask=bits != 0)
             place += tl.sum(bits, 0)
@@ -108,22 +115,27 @@ def tokens_kernel(
 @triton.jit
 def blocks_kernel(
     words,  # (tiles, N) int16
+    lse,  # (N,) fp32
     row_starts,  # (N + 1,) int32
     blocks,  # (capacity,) out
     fits,
     n,
+    v,
     tiles,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     if tl.load(fits) != 0:
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         place = tl.load(row_starts + rows, mask=rows < n, other=0)
+        value = tl.load(lse + rows, mask=rows < n, other=0.0)[:, None]
         for first in range(0, tiles, TILES):
             tile = first + tl.arange(0, TILES)
             at = words + tile[None, :].to(tl.int64) * n + rows[:, None]
             word = tl.load(at, mask=(rows < n)[:, None] & (tile < tiles)[None, :], other=0)
+            word = tl.where(value == value, word, every_bit(tile, v, BITS, WIDTH)[None, :])
             if tl.max(tl.max((word != 0).to(tl.int32), 1), 0) > 0:
                 bits = (word.to(tl.int32)[:, :, None] >> tl.arange(0, BITS)[None, None, :]) & 1
                 bits = tl.reshape(bits, (ROWS, TILES * BITS))
@@ -141,7 +153,7 @@ def _starts(counts: Tensor) -> Tensor:
 
 
 def counts_of(words: Tensor, c: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Hits of each block and of each token, int32, of words (column tiles, N), which it changes where an lse is NaN."""
+    """Hits of each block and of each token, int32, of words (column tiles, N)."""
     tiles, n = words.shape
     bits = config_for("forward", c).n // BLOCK
     by_block = torch.empty(tiles * bits, dtype=torch.int32, device=words.device)
@@ -152,8 +164,8 @@ def counts_of(words: Tensor, c: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lists_of(words: Tensor, c: Tensor, lse: Tensor, capacity: int) -> Lists:
-    """The lists of words (column tiles, N), which it changes where an lse is NaN. No host synchronisation."""
-    tiles, n = words.shape
+    """The lists of words (column tiles, N). No host synchronisation."""
+    (tiles, n), v = words.shape, c.shape[0]
     bits = config_for("forward", c).n // BLOCK
     device = words.device
     new = lambda size: torch.empty(size, dtype=torch.int32, device=device)  # noqa: E731
@@ -169,18 +181,32 @@ def lists_of(words: Tensor, c: Tensor, lse: Tensor, capacity: int) -> Lists:
     unit_block = new(capacity // BATCH + tiles * bits)
     tokens_kernel[(tiles,)](
         words,
+        lse,
         starts,
         units,
         tokens,
         unit_block,
         fits,
         n,
+        v,
         ROWS=64 if small else 256,
         BITS=bits,
+        WIDTH=BLOCK,
         UNITS=triton.next_power_of_2(triton.cdiv(n, BATCH)),
     )
     height = 16
     blocks_kernel[(triton.cdiv(n, height),)](
-        words, row_starts, blocks, fits, n, tiles, ROWS=height, TILES=16 if small else 32, BITS=bits
+        words,
+        lse,
+        row_starts,
+        blocks,
+        fits,
+        n,
+        v,
+        tiles,
+        ROWS=height,
+        TILES=16,
+        BITS=bits,
+        WIDTH=BLOCK,
     )
     return Lists(fits, hits, starts, tokens, units, unit_block, row_starts, blocks)

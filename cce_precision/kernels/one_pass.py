@@ -22,8 +22,8 @@ from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
 from .dz import block_rows, write_powers
-from .primitives import round_to, wide
-from .terms import RowTerms, clean_rows
+from .primitives import wide
+from .terms import RowTerms, clean_rows, scale_into
 
 __all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
 
@@ -155,17 +155,10 @@ def add_labels_kernel(
         tl.store(at, value, mask=j < d)
 
 
-@triton.jit
-def scaled_kernel(unit, factor, out, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(unit + i, mask=i < size) * tl.load(factor)
-    tl.store(out + i, round_to(value, out.dtype.element_ty), mask=i < size)
-
-
 def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     """unit (fp32, contiguous) times factor (0-dim fp32), rounded once to the dtype of `like`."""
     out = torch.empty(unit.shape, dtype=like.dtype, device=unit.device)
-    scaled_kernel[(triton.cdiv(unit.numel(), 4096),)](unit, factor, out, unit.numel(), BLOCK=4096, num_warps=8)
+    scale_into(out, unit, factor)
     return out
 
 

@@ -227,3 +227,25 @@ def grouped(pid, inner, outer, GROUP: tl.constexpr):
     size = tl.minimum(inner - first, GROUP)
     place = pid % width
     return first + place % size, place // size
+
+
+@triton.jit
+def add_parts(
+    acc, left, right, OF_LEFT: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + left right, where the one in fp32 (left if OF_LEFT) is a sum of PARTS numbers of the other's dtype.
+
+    Three parts are all of fp32; fp16, whose range does not hold the parts of a small number, is widened instead.
+    """
+    if (tl.float16 == DTYPE) & (PARTS == 3):
+        return multiply_add(left.to(tl.float32), right.to(tl.float32), acc, "ieee")
+    rest = left if OF_LEFT else right
+    for i in tl.static_range(PARTS):
+        part = round_to(rest, DTYPE)
+        if OF_LEFT:
+            acc = multiply_add(part, right, acc, PRECISION)
+        else:
+            acc = multiply_add(left, part, acc, PRECISION)
+        if i + 1 < PARTS:
+            rest -= part.to(tl.float32)
+    return acc

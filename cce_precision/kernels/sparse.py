@@ -1,9 +1,10 @@
 """dZ as a sparse matrix: the logits of the hits alone, the entries that the filter keeps, and the two products.
 
 `entries_of` gathers the tokens of each block of 16 columns, computes those logits again, and decides by the definition
-with the final lse. dE adds the kept entries of each token in fp32; dC multiplies each block's entries, as a hi + lo
-pair of the inputs' dtype, with the gathered embeddings, adds the target's terms (three parts, which is all of fp32) and
-rounds once. A long column is cut in batches and in features. One program owns each output tile: no float atomics.
+with the final lse. dE adds the kept entries of each token to the target's term in fp32; dC multiplies each block's
+entries, as a hi + lo pair of the inputs' dtype, with the gathered embeddings, adds the target's terms (three parts,
+which is all of fp32) and rounds once. A long column is cut in batches and in features. One program owns each output
+tile: no float atomics.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .elements import DTYPES, ElementFilter, dz_entries
-from .fallback import add_parts
+from ..promise import Seen
+from .elements import DTYPES, STOCHASTIC, ElementFilter, dz_entries
 from .hits import BLOCK
 from .launch import multiprocessors, precision_of
 from .lists import BATCH, Lists
-from .primitives import cap, multiply_add, round_to, wide
-from .terms import RowTerms, TokensByTarget
+from .primitives import add_parts, cap, multiply_add, round_to, wide
+from .terms import RowTerms, TokensByTarget, label_row
 
-__all__ = ["Entries", "add_rows", "entries_of", "finish_blocks"]
+__all__ = ["Entries", "entries_of", "finish_blocks", "finish_rows", "seen_of"]
 
 
 @triton.jit
@@ -211,22 +212,30 @@ def entries_of(
 
 
 @triton.jit
-def add_rows_kernel(
-    total,  # (N, D) fp32, in and out
+def finish_rows_kernel(
+    out,  # (N, D) gradient
+    base,  # (N, D) fp32 sums to begin with, or unused
     c,  # (V, D)
+    targets,  # (N,) int64
+    label,  # (N,) fp32
+    sigma,  # (N,) fp32
+    shift,  # (D,) fp32 or unused
+    scale,  # () fp32
     starts,  # (N + 1,) int32
     columns,  # int32
     weights,  # fp32
     dense,  # () int32
+    v,
     d,
     stride_c,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
+    FLAGS: tl.constexpr,  # (base, shift)
 ):
-    row = tl.program_id(0)
-    first, last = tl.load(starts + row), tl.load(starts + row + 1)
-    if (first < last) & (tl.load(dense) == 0):
+    if tl.load(dense) == 0:
+        row = tl.program_id(0)
         j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+        first, last = tl.load(starts + row), tl.load(starts + row + 1)
         acc = tl.zeros((ENTRIES, FEATURES), tl.float32)
         for i in range(first, last, ENTRIES):
             entry = i + tl.arange(0, ENTRIES)
@@ -235,27 +244,91 @@ def add_rows_kernel(
             at = column[:, None].to(tl.int64) * stride_c[0] + j[None, :].to(tl.int64) * stride_c[1]
             value = tl.load(c + at, mask=(entry < last)[:, None] & (j < d)[None, :], other=0)
             acc += x[:, None] * value.to(tl.float32)
-        out = total + wide(d) * row + j
-        tl.store(out, tl.load(out, mask=j < d, other=0.0) + tl.sum(acc, 0), mask=j < d)
+        if FLAGS[0]:
+            total = tl.load(base + wide(d) * row + j, mask=j < d, other=0.0)
+        else:
+            total = label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, True, FLAGS[1])
+        total = (total + tl.sum(acc, 0)) * tl.load(scale)
+        tl.store(out + wide(d) * row + j, round_to(total, out.dtype.element_ty), mask=j < d)
 
 
-def add_rows(problem: Problem, entries: Entries, total: Tensor) -> None:
-    """total (N, D) fp32 += the kept entries times the classifier's rows."""
+def finish_rows(
+    problem: Problem,
+    terms: RowTerms,
+    entries: Entries,
+    out: Tensor,  # (N, D) contiguous
+    base: Tensor | None,  # (N, D) fp32
+    shift: Tensor | None,  # (D,) fp32, where there is no base
+) -> None:
+    """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, scaled
+    and rounded once. Not done where entries.dense is 1.
+    """
     features = min(512, max(16, triton.next_power_of_2(problem.d)))
-    add_rows_kernel[(problem.n, triton.cdiv(problem.d, features))](
-        total,
+    finish_rows_kernel[(problem.n, triton.cdiv(problem.d, features))](
+        out,
+        terms.terms if base is None else base,
         problem.c,
+        problem.targets,
+        terms.label,
+        terms.sigma,
+        terms.terms if shift is None else shift,
+        terms.scale,
         entries.starts,
         entries.columns,
         entries.weights,
         entries.dense,
+        problem.v,
         problem.d,
         tuple(problem.c.stride()),
         ENTRIES=8,
         FEATURES=features,
+        FLAGS=(base is not None, shift is not None),
         num_warps=4,
         num_stages=3,
     )
+
+
+@triton.jit
+def seen_kernel(starts, columns, weights, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
+    row = tl.program_id(0)
+    unit = tl.load(alpha + row)
+    most = tl.abs(unit) * drawn
+    last = tl.load(starts + row + 1)
+    mass = tl.zeros((ENTRIES,), tl.float32)
+    squares = tl.zeros((ENTRIES,), tl.float32)
+    energy = tl.zeros((ENTRIES,), tl.float32)
+    for i in range(tl.load(starts + row), last, ENTRIES):
+        entry = i + tl.arange(0, ENTRIES)
+        x = tl.load(weights + entry, mask=entry < last, other=0.0)
+        norm = tl.load(norms + tl.load(columns + entry, mask=entry < last, other=0))
+        below = tl.abs(x) <= most
+        mass += tl.where(below, 0.0, x)
+        square = tl.where(below, x * x, 0.0)
+        squares += square
+        energy += square * norm * norm
+    total = tl.sum(mass, 0)
+    tl.store(out + row, tl.where(total == 0.0, 0.0, total / unit))
+    tl.store(out + n + row, tl.sum(squares, 0))
+    tl.store(out + 2 * n + row, tl.sum(energy, 0))
+
+
+def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFilter, nll: Tensor) -> Seen:
+    """What the kept entries tell of their filter, without entropy. Meaningless where entries.dense is 1.
+
+    A softcap's slope stands in the entries: the mass above eps is then at least what is given, and an entry above eps
+    may count as drawn, so that the promise is the weaker.
+    """
+    n = problem.n
+    out = torch.empty((3, n), dtype=torch.float32, device=nll.device)
+    norms = torch.linalg.vector_norm(problem.c, dim=1, dtype=torch.float32)
+    drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
+    alpha = terms.terms[1]
+    seen_kernel[(n,)](
+        entries.starts, entries.columns, entries.weights, alpha, norms, out, n, drawn, ENTRIES=64, num_warps=1
+    )
+    lengths = torch.linalg.vector_norm(problem.e, dim=1, dtype=torch.float32)
+    energy_c = torch.where(problem.targets >= 0, out[1] * lengths.square(), 0).sum()
+    return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), energy_c)
 
 
 @triton.jit
@@ -280,14 +353,13 @@ def finish_blocks_kernel(
     M: tl.constexpr,
     WIDTH: tl.constexpr,
     FEATURES: tl.constexpr,
-    FLAGS: tl.constexpr,  # (gradient, bias sums, base, shift, weight, also where `dense` is 1)
+    FLAGS: tl.constexpr,  # (gradient, bias sums, base, shift, weight)
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     v, d = shape
-    is_dense = tl.load(dense)
-    if FLAGS[5] | (is_dense == 0):
+    if tl.load(dense) == 0:
         block = first + tl.program_id(0)
         features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         columns = block * WIDTH + tl.arange(0, WIDTH)
@@ -295,8 +367,6 @@ def finish_blocks_kernel(
         acc = tl.zeros((FEATURES, WIDTH), tl.float32)
         sums = tl.zeros((WIDTH,), tl.float32)
         begin, end = tl.load(starts + block), tl.load(starts + block + 1)
-        if is_dense != 0:
-            end = begin
         for i in range(begin, end, M):
             slot = i + tl.arange(0, M)
             token = tl.load(tokens + slot, mask=slot < end, other=0)
@@ -348,10 +418,9 @@ def finish_blocks(
     shift: Tensor | None,  # (D,) fp32
     run: tuple[int, int] | None = None,  # first column, a multiple of 16, and one past the last; all by default
     base: Tensor | None = None,  # (W, D) fp32 sums of the run
-    always: bool = False,  # also where entries.dense is 1, then without entries
 ) -> None:
     """Rows of dC: kept entries, the target's terms and `base`, minus weight x shift, scaled and rounded once; and the
-    column sums of the entries and the targets' terms.
+    column sums of the entries and the targets' terms. Not done where entries.dense is 1.
     """
     v, d, weight = problem.v, problem.d, problem.column_weight
     start, stop = (0, v) if run is None else run
@@ -377,14 +446,7 @@ def finish_blocks(
         M=32,
         WIDTH=BLOCK,
         FEATURES=features,
-        FLAGS=(
-            d_c is not None,
-            bias_sums is not None,
-            base is not None,
-            shift is not None,
-            weight is not None,
-            always,
-        ),
+        FLAGS=tuple(x is not None for x in (d_c, bias_sums, base, shift, weight)),
         PARTS=3 if e.dtype is not torch.float32 else 1,
         DTYPE=DTYPES[e.dtype],
         PRECISION=precision_of(e),

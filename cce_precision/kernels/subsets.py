@@ -44,6 +44,7 @@ class Tail:
     part_e: Tensor  # (N / share, D), 0 for none
     by_columns: ElementFilter
     by_tokens: ElementFilter
+    energies: Tensor | None  # (2,) fp32: where wanted, the sums that promise.Seen knows, of dE and of dC, in and out
 
     def add_to_rows(self, total: Tensor) -> None:
         """total (N, D) fp32 += the tail of the drawn columns times their classifier rows."""
@@ -63,6 +64,8 @@ class Tail:
             x = dz[:, : index.numel()]
             write_filtered(problem, self.e, c, bias, start, terms, filt, x, None)
             accumulate_product(total, x, c, False)
+            if self.energies is not None:
+                self.energies[0] += energy(x, c)
 
     def columns(self, start: int, c: Tensor, bias: Tensor | None, total: Tensor | None, sums: bool) -> Tensor | None:
         """total (W, D) fp32 = the tail of the drawn tokens in the columns c (W, D) from `start` on, times their
@@ -74,16 +77,26 @@ class Tail:
         )
         if total is not None:
             accumulate_product(total, x.T, self.part_e, True)
+        if self.energies is not None:
+            self.energies[1] += energy(x.T, self.part_e)
         return None if column_sums is None else column_sums.sum(0)
 
 
-def tail_of(problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filter, seed: Tensor) -> Tail:
-    """The tail of a subset filter, the same on both sides."""
+def energy(x: Tensor, rows: Tensor) -> Tensor:
+    """0-dim fp32: the sum of x_ij^2 ||rows_j||^2."""
+    squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+    return squares @ torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+
+
+def tail_of(
+    problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filter, seed: Tensor, dense: Tensor
+) -> Tail:
+    """The tail of a subset filter, the same on both sides; nothing of it where `dense` (0-dim int32) is 1."""
     eps = filt.threshold(problem.operand_dtype)
     tokens = members(problem, plan, e, filt, seed, False)
     index, real = tokens.clamp(min=0), tokens >= 0
     drawn = members(problem, plan, e, filt, seed, True)
-    full = lambda x: torch.full(x.shape, float(filt.share), dtype=torch.float32, device=e.device)  # noqa: E731
+    share = (filt.share * (1 - dense)).to(torch.float32)
     rows = terms.terms[:, index]
     rows[0] = torch.where(real, rows[0], torch.inf)  # hence P = 0
     targets = torch.where(real, problem.targets[index], -1)
@@ -96,6 +109,7 @@ def tail_of(problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filt
         dataclasses.replace(problem, e=part_e, targets=targets),
         dataclasses.replace(terms, targets=targets, terms=rows, label=torch.zeros_like(rows[0])),
         part_e,
-        ElementFilter(COLUMNS, eps, seed, full(drawn), tail=True),
-        ElementFilter(ROWS, eps, seed, full(tokens), tail=True),
+        ElementFilter(COLUMNS, eps, seed, share.expand(drawn.shape).contiguous(), tail=True),
+        ElementFilter(ROWS, eps, seed, share.expand(tokens.shape).contiguous(), tail=True),
+        None if plan.tolerance is None else torch.zeros(2, dtype=torch.float32, device=e.device),
     )

@@ -13,7 +13,16 @@ from ..numerics import power_of_two
 from ..problem import Heads, Plan, Problem, Upstream
 from .primitives import round_to, wide
 
-__all__ = ["RowTerms", "TokensByTarget", "clean_rows", "label_rows", "matvec", "row_terms", "weighted_sum"]
+__all__ = [
+    "RowTerms",
+    "TokensByTarget",
+    "clean_rows",
+    "label_rows",
+    "matvec",
+    "row_terms",
+    "scale_into",
+    "weighted_sum",
+]
 
 
 NEGLIGIBLE = 1024.0  # exp of minus that is 0
@@ -117,16 +126,28 @@ def label_rows_kernel(
     label,  # (N,) fp32
     sigma,  # (N,) fp32
     shift,  # (D,) fp32
+    active,  # () int32: 0 where nothing is to be done, else 1; or unused
     v,
     d,
     stride_c,
     COLUMNS: tl.constexpr,
     LABEL: tl.constexpr,
     SHIFT: tl.constexpr,
+    ACTIVE: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    value = tl.zeros((COLUMNS,), tl.float32)
+    row, wanted = tl.program_id(0), True
+    if ACTIVE:
+        wanted = tl.load(active) != 0
+    if wanted:
+        j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        value = label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, LABEL, SHIFT)
+        tl.store(out + wide(d) * row + j, value, mask=j < d)
+
+
+@triton.jit
+def label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, LABEL: tl.constexpr, SHIFT: tl.constexpr):
+    """The features j of label_i c_{t_i} - sigma_i shift, fp32, for the token i = row."""
+    value = tl.zeros(j.shape, tl.float32)
     target = tl.load(targets + row)
     if target >= 0:
         if LABEL:
@@ -135,12 +156,19 @@ def label_rows_kernel(
             value = tl.where(here, tl.load(label + row) * c_t.to(tl.float32), 0.0)
         if SHIFT:
             value -= tl.load(sigma + row) * tl.load(shift + j, mask=j < d, other=0.0)
-    tl.store(out + wide(d) * row + j, value, mask=j < d)
+    return value
 
 
-def label_rows(problem: Problem, terms: RowTerms, shift: Tensor | None) -> Tensor:
-    """(N, D) fp32: label_i c_{t_i} where the label stands apart, minus sigma_i shift."""
-    out = torch.empty((problem.n, problem.d), dtype=torch.float32, device=problem.e.device)
+def label_rows(
+    problem: Problem,
+    terms: RowTerms,
+    shift: Tensor | None,
+    out: Tensor | None = None,
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1
+) -> Tensor:
+    """out (N, D) fp32 = label_i c_{t_i} where the label stands apart, minus sigma_i shift."""
+    if out is None:
+        out = torch.empty((problem.n, problem.d), dtype=torch.float32, device=problem.e.device)
     width = 1024
     label_rows_kernel[(problem.n, triton.cdiv(problem.d, width))](
         out,
@@ -149,14 +177,43 @@ def label_rows(problem: Problem, terms: RowTerms, shift: Tensor | None) -> Tenso
         terms.label,
         terms.sigma,
         out if shift is None else shift,
+        out if active is None else active,
         problem.v,
         problem.d,
         tuple(problem.c.stride()),
         COLUMNS=width,
         LABEL=not terms.label_inside,
         SHIFT=shift is not None,
+        ACTIVE=active is not None,
     )
     return out
+
+
+@triton.jit
+def scale_kernel(unit, factor, out, active, size, BLOCK: tl.constexpr, ACTIVE: tl.constexpr):
+    wanted = True
+    if ACTIVE:
+        wanted = tl.load(active) != 0
+    if wanted:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(unit + i, mask=i < size) * tl.load(factor)
+        tl.store(out + i, round_to(value, out.dtype.element_ty), mask=i < size)
+
+
+def scale_into(out: Tensor, unit: Tensor, factor: Tensor, active: Tensor | None = None) -> None:
+    """out = unit (fp32) times factor (0-dim fp32), rounded once; all contiguous. Not done where `active` (0-dim int32)
+    is 0.
+    """
+    scale_kernel[(triton.cdiv(unit.numel(), 4096),)](
+        unit,
+        factor,
+        out,
+        factor if active is None else active,
+        unit.numel(),
+        BLOCK=4096,
+        ACTIVE=active is not None,
+        num_warps=8,
+    )
 
 
 @triton.jit
