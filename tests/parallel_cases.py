@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from cce_precision.analysis.fuzz_problems import Call, Knobs, build, random_knob
 from cce_precision.analysis.references import truth
 from cce_precision.autograd import choose_backend
 from cce_precision.parallel import common_seed
-from cce_precision.variants import ALL
 from tests.strategies import EAGER, TILED
 
 WORLD = 4
@@ -317,7 +316,7 @@ def kernel_problems(impl: str, device: str) -> list[Knobs]:
     return [large, *fixed(impl)[:3]] if impl in TILED else [large]
 
 
-def run_kernels(rank: int, folder: str, device: str) -> None:
+def run_kernels(rank: int, folder: str, device: str, impls: Sequence[str]) -> None:
     """One of two processes: each with a GPU, or with the interpreter where device is "cpu". The first also computes
     each problem alone."""
     torch.set_num_threads(1)
@@ -327,7 +326,7 @@ def run_kernels(rank: int, folder: str, device: str) -> None:
         place = f"cuda:{rank}"
     _start("gloo" if device == "cpu" else "nccl", rank, 2, folder)
     results: dict[tuple[str, int, str], dict[str, Tensor] | str] = {}
-    for impl in ALL:
+    for impl in impls:
         for i, k in enumerate(kernel_problems(impl, device)):
             call = build(k, device=place)
             if impl in TILED and choose_backend(call.placed(), call.plan) != "triton":

@@ -208,7 +208,7 @@ def test_benchmark(tmp_path: Path) -> None:
 @pytest.mark.interpreter
 def test_kernels_of_every_variant(tmp_path: Path) -> None:
     """The kernels, interpreted, with targets that the other of two processes holds, beside one process alone."""
-    start(run_kernels, str(tmp_path), "cpu", processes=2)
+    start(run_kernels, str(tmp_path), "cpu", INTERPRETED, processes=2)
     stored = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     judged = 0
     for impl in INTERPRETED:
