@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cce_precision import linear_cross_entropy
+from cce_precision.analysis.configured import configured
 from cce_precision.variants import ALL, get
 
 __all__ = ["DEFAULT", "METHODS", "Call", "Method", "Unavailable", "method"]
@@ -41,13 +42,14 @@ class Method:
 
 
 def _ours(name: str, workspace_mb: int | None = None) -> Method:
-    variant = get(name)
+    variant = configured(name)
+    label = variant.name + name[name.index("@") :] if "@" in name else variant.name
 
     def bind(softcap: float | None) -> Call:
         options = {"impl": variant, "softcap": softcap, "workspace_mb": workspace_mb, "validate": False}
         return lambda e, c, t: linear_cross_entropy(e, c, t, **options)  # type: ignore[arg-type, return-value]
 
-    return Method(variant.name if workspace_mb is None else f"{variant.name}@{workspace_mb}MB", "ours", bind)
+    return Method(label if workspace_mb is None else f"{label}@{workspace_mb}MB", "ours", bind)
 
 
 def _package(name: str) -> object:
@@ -155,7 +157,7 @@ METHODS: dict[str, Method] = {
 DEFAULT = {
     "cuda": [
         "baseline", "torch_compile", "cce_exact", "cce_exact@4096MB", "cce_split", "cce_no_filter", "cce",
-        "cce_kahan_full_c",
+        "cce_kahan_full_c", "cce_sparse", "cce_unbiased", "cce_unbiased@2^-14", "cce_subsampled", "cce_subsampled@/16",
         "torch", "torch-chunked", "cut:cce", "cut:cce_kahan_full_c", "cut:cce_exact", "cut:torch_compile",
         "liger", "liger:sm90", "liger:sm90-scaled", "quack", "quack:base",
     ],
@@ -165,7 +167,8 @@ DEFAULT = {
 
 @functools.cache
 def method(text: str) -> Method:
-    """The method called `text`; one of ours may name its workspace (cce_exact@4096MB).
+    """The method called `text`; one of ours may name its workspace (cce_exact@4096MB) or its filter's settings
+    (cce_unbiased@2^-14).
 
     Raises ValueError for an unknown name, listing the known ones and the nearest.
     """
@@ -175,6 +178,8 @@ def method(text: str) -> Method:
         if int(match[2]) == 0:
             raise ValueError(f"the workspace of {text!r} must be at least 1 MB")
         return _ours(match[1], int(match[2]))
+    if "@" in text:
+        return _ours(text)
     try:
         return METHODS[get(text).name]  # an alias
     except ValueError:

@@ -8,7 +8,6 @@ fp32-perturbed                                  fp32 from weights one rounding a
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_precision.numerics import FilterKind, Variant
-from cce_precision.variants import get
+from cce_precision.analysis.configured import configured
+from cce_precision.numerics import Variant
 
 __all__ = ["SIZES", "Method", "build", "prepare"]
 
@@ -44,23 +43,10 @@ class Method:
         """The method of a name as the module's head lists them. Raises ValueError saying what is allowed."""
         if text in REFERENCES:
             return Method(text, None)
-        name, _, settings = text.partition("@")
         try:
-            variant = get(name)
+            return Method(text, configured(text))
         except ValueError as error:
             raise ValueError(f"{error}; beside variants: {', '.join(REFERENCES)}") from None
-        eps, _, share = settings.partition("/")
-        if eps:
-            from cce_precision.analysis.sweep import parse_eps
-
-            variant = variant.configure(parse_eps(eps)[0])
-        if share:
-            kinds = {variant.filter_e.kind, variant.filter_c.kind}
-            if kinds != {FilterKind.SUBSET} or not share.isdecimal() or int(share) < 1:
-                raise ValueError(f"{text!r}: /SHARE is a whole number of a variant that samples subsets")
-            side = lambda f: dataclasses.replace(f, share=int(share))  # noqa: E731
-            variant = dataclasses.replace(variant, filter_e=side(variant.filter_e), filter_c=side(variant.filter_c))
-        return Method(text, variant)
 
     @property
     def fp32(self) -> bool:
