@@ -31,7 +31,7 @@ from cce_precision.analysis.audit_checks import CHECKS, Check, NotOffered, fuzze
 from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import Target, Unavailable
 from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
-from cce_precision.analysis.fuzz_campaign import shrink
+from cce_precision.analysis.fuzz_campaign import settle, shrink
 from cce_precision.analysis.isolation import Lost, isolated
 
 __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
@@ -149,7 +149,7 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
 def examine(task: tuple[Target, str, str]) -> Outcome:
     """One check (by name) of a target on a device ("cpu" or "cuda"): the work of one process."""
     target, device, name = task
-    torch.set_num_threads(1)
+    settle(device)
     started = time.monotonic()
     check, subject = CHECKS[name], Subject(target, device)
     try:

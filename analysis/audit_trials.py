@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.audit_targets import Target
-from cce_precision.analysis.bounds import AMPERE, CPU, HOPPER, Machine, bound
+from cce_precision.analysis.bounds import CPU, Machine, bound
+from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import DTYPES
 from cce_precision.analysis.references import Objective, Quantities, Truth, truth
@@ -185,7 +186,7 @@ class Subject:
     def machine(self) -> Machine:
         if self.device == "cpu":
             return CPU
-        return HOPPER if torch.cuda.get_device_capability()[0] >= 9 else AMPERE
+        return gpu_machine() if self.target.own else gpu_machine().of_others
 
 
 Outcome = dict[str, Tensor | None]  # "value" and the gradients that were asked for, on the CPU

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows, tiled_gradients
-from cce_precision.analysis.bounds_logits import Blocks, plain_softmax, precision, tiled_softmax
+from cce_precision.analysis.bounds_kernels import kernel_softmax
+from cce_precision.analysis.bounds_logits import plain_softmax, precision, tiled_softmax
 from cce_precision.analysis.bounds_model import AMPERE, CPU, HOPPER, INTERPRETER, MACHINES, Computed, Machine
 from cce_precision.analysis.bounds_plain import plain_gradients
+from cce_precision.analysis.bounds_softmax import Blocks, Softmax
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages
 from cce_precision.analysis.references import Objective, Quantities
 from cce_precision.eager.tiles import block_shape, vocabulary_order
@@ -62,7 +64,7 @@ class Call:
         _, width = block_shape(problem, plan, by_tile=False)
         if machine is not CPU:
             width = min(width, KERNEL_TILE)
-        self.blocks = Blocks(min(width, problem.v), -(-problem.v // width))
+        self.width_of_sums = min(width, problem.v)
         self._kept: list[Rows] = []
 
     def rows(self) -> Iterator[Rows]:
@@ -74,15 +76,23 @@ class Call:
         for start in range(0, len(self.valid), self.height):
             index = self.valid[start : start + self.height]
             e, targets = self.problem.e.detach()[index].double(), self.targets[index]
-            arguments = (self.problem, e, self.c, self.bias, targets, self.weight, self.machine)
-            if self.tiled:
-                softmax = tiled_softmax(*arguments, self.blocks, self.stages)
-            else:
-                softmax = plain_softmax(*arguments, self.stages)
+            softmax = self.softmax(self.problem, e, self.c, self.bias, targets, self.weight)
             block = Rows(slice(start, start + len(index)), index, e, targets, softmax)
             if keep:
                 self._kept.append(block)
             yield block
+
+    def softmax(
+        self, problem: Problem, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor
+    ) -> Softmax:
+        """The softmax of rows e (B, D) over some columns c (V, D), as what runs the call forms it."""
+        arguments = (problem, e, c, bias, targets, weight, self.machine)
+        if not self.tiled:
+            return plain_softmax(*arguments, self.stages)
+        if self.machine.kernels is not None:
+            return kernel_softmax(*arguments, self.stages)
+        width = min(self.width_of_sums, len(c))
+        return tiled_softmax(*arguments, Blocks(width, -(-len(c) // width)), self.stages)
 
     def share_softmax(self, other: Call) -> None:
         """Takes over the softmax of a call that differs in later stages alone, where that was kept."""

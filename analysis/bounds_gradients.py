@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce_precision.analysis.bounds_logits import NEGLIGIBLE, Softmax, precision
+from cce_precision.analysis.bounds_logits import precision
 from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precision, half_ulp, largest
+from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant

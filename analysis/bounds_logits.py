@@ -5,7 +5,7 @@ All of it is dense in the rows that it is given: some rows times V in fp64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
@@ -20,61 +20,36 @@ from cce_precision.analysis.bounds_model import (
     largest,
     significand_bits,
 )
+from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Blocks, Exact, Softmax, certain, complement_of, slope_of
+from cce_precision.analysis.bounds_tensor_core import chain
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.problem import Problem
 
-__all__ = ["Blocks", "Softmax", "plain_softmax", "precision", "tiled_softmax"]
+__all__ = ["plain_softmax", "precision", "products", "tiled_softmax"]
 
-NEGLIGIBLE = -1024.0  # log P below which a term counts as 0
 NOTHING_LEFT = 1e4  # stands for an infinite gap between the target's logit and the others
-CLOSE_LOOK = 2**20  # products of a block of logits whose bits are looked at one by one
-HOPELESS = 300.0  # logits with larger errors say nothing of the softmax
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a tiled pass cuts the logits: the columns of a block and the number of blocks in a row."""
-
-    width: int
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class Softmax:
-    """Some rows of the exact softmax and of the errors of what a pass computes for it; (B, V) or (B,)."""
-
-    z: Computed  # (B, V) logits
-    slope: Computed | None  # (B, V) of the softcap
-    tanh: Computed | None  # (B, V) of the softcap's argument
-    log_p: Computed  # (B, V) the exponent of P, as the backward pass forms it; not below NEGLIGIBLE
-    p: Computed  # (B, V)
-    p_lse: Computed  # (B, V) the softmax that the gradient of lse uses: p, but for stored logits
-    nll: Computed  # (B,)
-    lse: Computed  # (B,)
-    complement: Computed  # (B,) 1 - P_t
-    entropy: Computed  # (B,)
-    smooth: Computed  # (B,)
+CLOSE_LOOK = 2**21  # products of a block of logits whose bits are looked at one by one
 
 
 def precision(problem: Problem, machine: Machine, stage: Stage = Stage.DZ, stages: Stages = ALL_STAGES) -> Precision:
     """How a stage rounds; one that is not among `stages` is exact, which is to say fp64."""
     return Precision(
-        stage_dtype(stages, stage, problem.compute_dtype), machine.ulps, machine.roundings, machine.flushes
+        stage_dtype(stages, stage, problem.compute_dtype), machine.accuracy, machine.roundings, machine.flushes
     )
 
 
-def _certain(x: Computed) -> Computed:
-    """Infinite values have no error: masked columns, whose logits are exactly -inf."""
-    return Computed(x.value, torch.where(x.value.isinf(), 0.0, x.error))
-
-
-def products(problem: Problem, e: Tensor, c: Tensor, machine: Machine, stages: Stages) -> Computed:
-    """(B, V) e c^T with fp32 (fp64) accumulation. e (B, D), c (V, D) fp64."""
+def products(
+    problem: Problem, e: Tensor, c: Tensor, machine: Machine, stages: Stages, in_order: bool = False
+) -> Computed:
+    """(B, V) e c^T with fp32 (fp64) accumulation; e (B, D), c (V, D) fp64. `in_order`: feature by feature."""
     p = precision(problem, machine, Stage.LOGITS, stages)
     value, absolute = e @ c.T, e.abs() @ c.abs().T
     bits = (significand_bits(problem.e.dtype), significand_bits(problem.c.dtype))
     exact, inexact = sum(bits) <= significand_bits(p.dtype), None
-    if exact and not machine.block and value.numel() * problem.d <= CLOSE_LOOK:
+    close = value.numel() * problem.d <= CLOSE_LOOK
+    if close and in_order and p.dtype == torch.float32:
+        return Computed(value, chain(e, c, machine, problem.operand_dtype))
+    if exact and not machine.block and close:
         most = (absolute + value.abs()) / 2 * (1 + problem.d * p.u)
         inexact = inexact_additions(e, c, bits, most, p.dtype)
     operand = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
@@ -88,7 +63,7 @@ def _capped(y: Computed, softcap: float, p: Precision, stored: torch.dtype) -> t
     ratio = Computed(x, y.error / softcap).rounded(p, 3)
     if stored != p.dtype:
         ratio = ratio.stored(stored)
-    ratio = _certain(ratio)
+    ratio = certain(ratio)
     t = torch.tanh(x)
     slope = 1 / torch.cosh(x.clamp(-350, 350)) ** 2
     steepest = (slope + 0.77 * ratio.error).clamp(max=1.0)  # |tanh''| <= 4 / (3 sqrt 3)
@@ -100,13 +75,6 @@ def _capped(y: Computed, softcap: float, p: Precision, stored: torch.dtype) -> t
     return tanh, cap if stored == p.dtype else cap.stored(stored)
 
 
-def _slope(x: Tensor, tanh: Computed, p: Precision) -> Computed:
-    """1 - tanh^2; x is the exact argument."""
-    value = 1 / torch.cosh(x.clamp(-350, 350)) ** 2
-    error = tanh.error * (2 * tanh.value.abs() + tanh.error) + 2 * p.u * (tanh.upper**2 + value)
-    return Computed(value, error)
-
-
 def tiled_logits(
     problem: Problem, e: Tensor, c: Tensor, bias: Tensor | None, machine: Machine, stages: Stages
 ) -> tuple[Computed, Computed | None, Computed | None]:
@@ -114,109 +82,15 @@ def tiled_logits(
     p = precision(problem, machine, Stage.LOGITS, stages)
     y = products(problem, e, c, machine, stages)
     if bias is not None:
-        y = _certain(Computed(y.value + bias, y.error).rounded(p))
+        y = certain(Computed(y.value + bias, y.error).rounded(p))
     slope = tanh = None
     if problem.softcap is not None:
         x = y.value / problem.softcap
         tanh, y = _capped(y, problem.softcap, p, p.dtype)
-        slope = _slope(x, tanh, p)
+        slope = slope_of(x, tanh, p)
     if problem.temperature != 1.0:
-        y = _certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
+        y = certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
     return y, slope, tanh
-
-
-@dataclass(frozen=True, eq=False)
-class _Exact:
-    """The exact softmax of some rows with logits z, and how far logit errors can move it."""
-
-    z: Tensor  # (B, V)
-    raw: Tensor  # (B, V) errors of the logits; infinite in rows where they leave nothing to say
-    delta: Tensor  # (B, V) the same, 0 where P underflows even in fp64, because that moves nothing
-    target: Tensor  # (B, 1)
-    is_target: Tensor  # (B, V)
-    rest_max: Tensor  # (B,) over the columns but the target
-    rest_sum: Tensor  # (B,) sum exp(z - rest_max) over them
-    q: Tensor  # (B, V) softmax over them, 0 at the target
-    nll: Tensor
-    lse: Tensor
-    p: Tensor  # (B, V)
-    log_p: Tensor  # (B, V)
-    complement: Tensor  # (B,) 1 - P_t
-    entropy: Tensor
-    growth: Tensor  # (B,) exp(2 max delta): how far P can move, relatively
-
-    @staticmethod
-    def of(z: Computed, targets: Tensor) -> _Exact:
-        value, target = z.value, targets[:, None]
-        is_target = torch.zeros_like(value, dtype=torch.bool).scatter_(1, target, True)
-        others = value.masked_fill(is_target, -torch.inf)
-        rest_max = others.amax(1)
-        reference = torch.where(rest_max.isinf(), 0.0, rest_max)
-        terms = torch.exp(others - reference[:, None])
-        rest_sum = terms.sum(1)
-        z_t = value.gather(1, target)[:, 0]
-        gap = reference + torch.log(rest_sum) - z_t
-        tail = torch.log1p(torch.exp(-gap.abs()))
-        nll = gap.clamp(min=0) + tail
-        lse = torch.maximum(z_t + gap, z_t) + tail
-        lse = torch.where(z_t.isinf(), reference + torch.log(rest_sum), lse)
-        complement = -torch.expm1(-nll)
-        q = torch.where(rest_sum[:, None] > 0, terms / rest_sum[:, None], 0.0)
-        p_t = torch.exp(-nll)
-        p = torch.where(is_target, p_t[:, None], q * complement[:, None])
-        log_p = torch.where(is_target, -nll[:, None], value - lse[:, None]).clamp(min=NEGLIGIBLE)
-        entropy = -(p * log_p).sum(1)
-        hopeless = (z.error > HOPELESS).any(1, keepdim=True)
-        delta = torch.where(hopeless, torch.inf, torch.where(p > 0, z.error, 0.0))
-        growth = torch.exp(2 * delta.amax(1))
-        return _Exact(
-            value,
-            torch.where(hopeless, torch.inf, z.error),
-            delta,
-            target,
-            is_target,
-            rest_max,
-            rest_sum,
-            q,
-            nll,
-            lse,
-            p,
-            log_p,
-            complement,
-            entropy,
-            growth,
-        )
-
-    @property
-    def z_t(self) -> Tensor:
-        return self.z.gather(1, self.target)[:, 0]
-
-    @property
-    def delta_t(self) -> Tensor:
-        return self.delta.gather(1, self.target)[:, 0]
-
-    @staticmethod
-    def moved(weights: Tensor, delta: Tensor) -> Tensor:
-        """(B,) log sum_j w_j exp(delta_j): the change of a log-sum-exp with softmax w."""
-        return torch.log1p((weights * torch.expm1(delta)).sum(1))
-
-    def entropy_moved(self) -> Tensor:
-        """(B,) change of the entropy: |dH/dz_j| = P_j |log P_j + H| along the way, where P stays within `growth`."""
-        relative = self.growth - 1
-        spread = self.p * (self.log_p + self.entropy[:, None]).abs()
-        weighted = (self.p * self.delta).sum(1)
-        first = (spread * self.delta).sum(1) + relative * spread.sum(1) * weighted
-        return self.growth * (first + (self.p * self.delta**2).sum(1))
-
-    def smooth_moved(self, weight: Tensor) -> Tensor:
-        """(B,) change of the smooth head: its derivative is sum(w) P_j - w_j."""
-        total = weight.sum()
-        moved = (total * self.p - weight).abs() + total.abs() * self.p * (self.growth - 1)[:, None]
-        return (moved * self.raw).sum(1)
-
-    def probability(self, tau: Tensor, p: Precision) -> Computed:
-        """P from an exponent that is off by tau (B, V)."""
-        return Computed(self.log_p, tau).exp(p)
 
 
 def tiled_softmax(
@@ -233,15 +107,16 @@ def tiled_softmax(
     """The heads of the tiled forward pass (`eager/forward.py`) and the softmax of its backward pass."""
     p = precision(problem, machine, Stage.SOFTMAX, stages)
     z, slope, tanh = tiled_logits(problem, e, c, bias, machine, stages)
-    x = _Exact.of(z, targets)
+    x = Exact.of(z, targets)
     depth, t = machine.sum_depth(blocks.width), blocks.count
     # The sum over the other columns: the arguments' roundings add up to u (m - z_j), however many rescalings; each
     # rescaling costs an exp, a product and a sum.
-    steps = depth + 2 + 5 * (t - 1)
+    exp = math.ceil(2 * machine.ulps)
+    steps = depth + exp + (exp + 3) * (t - 1)
     rho = _relative(x.rest_max, x.q, x, p, steps)
     log_s = torch.log(x.rest_sum.clamp(min=1.0)) + 2 * x.delta.amax(1) + rho
     rest = torch.where(x.rest_sum > 0, x.rest_max + torch.log(x.rest_sum), 0.0)
-    moved = _Exact.moved(x.q, x.delta)
+    moved = Exact.moved(x.q, x.delta)
     arithmetic = rho + p.function * log_s
     arithmetic = arithmetic + p.roundings * half_ulp(rest.abs() + moved + arithmetic, p.dtype)
     arithmetic = torch.where(x.rest_sum > 0, arithmetic, 0.0)
@@ -256,11 +131,11 @@ def tiled_softmax(
     tail = torch.log1p(torch.exp((moved_gap - gap.abs()).clamp(max=0.0)))
     functions = 2 * p.function * (1 + p.function) * tail + 2 * p.tiny
     off = off + functions
-    nll = _certain(Computed(x.nll, off + half_ulp(x.nll + off, p.dtype)))
+    nll = certain(Computed(x.nll, off + half_ulp(x.nll + off, p.dtype)))
     off = (x.complement * x.growth * torch.exp(arithmetic)).clamp(max=1.0) * arithmetic
     off = off + functions + gap_rounding * tail
-    lse_arithmetic = off + p.roundings * half_ulp(x.lse.abs() + off + _Exact.moved(x.p, x.delta), p.dtype)
-    lse = Computed(x.lse, _Exact.moved(x.p, x.delta) + lse_arithmetic)
+    lse_arithmetic = off + p.roundings * half_ulp(x.lse.abs() + off + Exact.moved(x.p, x.delta), p.dtype)
+    lse = Computed(x.lse, Exact.moved(x.p, x.delta) + lse_arithmetic)
 
     tau = x.raw + lse.error[:, None]
     tau = tau + p.roundings * p.u * (x.log_p.abs() + tau)
@@ -274,27 +149,20 @@ def tiled_softmax(
         probability,
         nll,
         lse,
-        _complement(nll, p),
+        complement_of(nll, p),
         _tiled_entropy(x, p, steps + 3 * (t - 1)),  # a block adds two products and a sum to A
         _tiled_smooth(x, p, weight, lse_arithmetic, machine, blocks),
     )
 
 
-def _complement(nll: Computed, p: Precision) -> Computed:
-    """1 - P_t = -expm1(-nll)."""
-    value = -torch.expm1(-nll.value)
-    moved = torch.minimum(torch.exp(-nll.value) * torch.expm1(nll.error.clamp(max=LARGEST_EXPONENT)), 1 + 0 * value)
-    return Computed(value, moved + p.function * (value + moved) + torch.where(value > 0, p.tiny, 0.0))
-
-
-def _relative(largest: Tensor, weights: Tensor, x: _Exact, p: Precision, steps: int) -> Tensor:
+def _relative(largest: Tensor, weights: Tensor, x: Exact, p: Precision, steps: int) -> Tensor:
     """(B,) relative error of sum exp(z - largest) with softmax `weights`, for computed logits."""
     distance = torch.where(weights > 0, largest[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
     rho = p.u * (p.roundings * (weights * distance).sum(1) + steps) + x.z.shape[1] * p.tiny
     return rho / (1 - rho).clamp(min=2.0**-20)
 
 
-def _tiled_entropy(x: _Exact, p: Precision, steps: int) -> Computed:
+def _tiled_entropy(x: Exact, p: Precision, steps: int) -> Computed:
     """Entropy as log(total) + A / total, A = sum exp(z - m) (m - z): all terms non-negative, so all errors relative."""
     m = x.z.amax(1)
     distance = torch.where(x.p > 0, m[:, None] - x.z, 0.0) + 2 * x.delta.amax(1)[:, None]
@@ -307,7 +175,7 @@ def _tiled_entropy(x: _Exact, p: Precision, steps: int) -> Computed:
 
 
 def _tiled_smooth(
-    x: _Exact, p: Precision, weight: Tensor, lse_arithmetic: Tensor, machine: Machine, blocks: Blocks
+    x: Exact, p: Precision, weight: Tensor, lse_arithmetic: Tensor, machine: Machine, blocks: Blocks
 ) -> Computed:
     """W (lse - o) - sum_j w_j (z_j - o) with o the largest logit of the first block."""
     offset = x.z[:, : blocks.width].amax(1).nan_to_num(neginf=0.0)
@@ -340,21 +208,21 @@ def plain_softmax(
         b = Computed.exact(bias)
         assert problem.bias is not None
         b = b if _holds(stored, problem.bias.dtype) else b.stored(stored)
-        y = _certain((y + b).rounded(p).stored(stored))
+        y = certain((y + b).rounded(p).stored(stored))
     slope = tanh = None
     if problem.softcap is not None:
         x = y.value / problem.softcap
         tanh, y = _capped(y, problem.softcap, p, stored)
-        slope = _slope(x, tanh, p)
+        slope = slope_of(x, tanh, p)
     if problem.temperature != 1.0:
-        y = _certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
-    z = _Exact.of(y, targets)
+        y = certain(Computed(y.value / problem.temperature, y.error / problem.temperature).rounded(p, 3))
+    z = Exact.of(y, targets)
 
     p = precision(problem, machine, Stage.SOFTMAX, stages)
     m = z.z.amax(1)
     steps = machine.sum_depth(problem.v) + 8
     rho = _relative(m, z.p, z, p, steps)
-    moved, delta = _Exact.moved(z.p, z.delta), z.delta.amax(1)
+    moved, delta = Exact.moved(z.p, z.delta), z.delta.amax(1)
     log_s = z.lse - m + 2 * delta + rho
     tail = rho + p.function * log_s
     # log_softmax subtracts the maximum first; the heads' log-probabilities are off by `own` beyond the logits' errors.
@@ -362,7 +230,7 @@ def plain_softmax(
     tau = z.raw + moved[:, None] + own
     at_target = lambda t: t.gather(1, targets[:, None])[:, 0]  # noqa: E731
     correlated = z.growth * z.complement * ((z.q * z.delta).sum(1) + z.delta_t)
-    nll = _certain(Computed(z.nll, torch.minimum(correlated, moved + z.delta_t) + at_target(own) + p.tiny))
+    nll = certain(Computed(z.nll, torch.minimum(correlated, moved + z.delta_t) + at_target(own) + p.tiny))
     lse_arithmetic = tail + p.u * (z.lse.abs() + moved + tail)
     lse = Computed(z.lse, moved + lse_arithmetic)
     in_lse = z.raw + lse.error[:, None]
@@ -385,7 +253,7 @@ def plain_softmax(
         z.probability(in_lse, p),
         nll,
         lse,
-        _complement(nll, p),
+        complement_of(nll, p),
         Computed(z.entropy, entropy + p.u * z.entropy),
         Computed(smooth_value, torch.where(smooth_value.isfinite(), smooth, 0.0)),
     )

@@ -8,6 +8,7 @@ storing a result. So a bound reads like the pass that it follows. Values and err
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,12 +19,16 @@ from cce_precision.numerics import unit_roundoff
 
 __all__ = [
     "AMPERE",
+    "BLACKWELL",
     "CPU",
     "HOPPER",
+    "INTERPRETER",
     "MACHINES",
     "Computed",
+    "Kernels",
     "Machine",
     "Precision",
+    "gpu_machine",
     "half_ulp",
     "inexact_additions",
     "largest",
@@ -108,6 +113,41 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """How Triton's kernels round on a machine, as `bounds_kernels` counts it. Errors of functions in ulp.
+
+    On a GPU `tl.exp2` is ex2.approx.ftz.f32 (2 ulp), `tl.log` and `tl.log2` are libdevice's (1 ulp), `/` is
+    div.full.f32 (2 ulp; a multiplication by the reciprocal that the special function unit gives, which is 1 for 1, so
+    that division by 1 is exact), `reciprocal` is rcp.approx.ftz.f32 (1 ulp), and a product that is added to is one
+    instruction. So it stands in the PTX of the kernels, and so NVIDIA documents the instructions (PTX ISA; CUDA C++
+    Programming Guide, mathematical functions, which gives 2 ulp or less for what torch's exp and expm1 call).
+    """
+
+    exp2: float
+    log: float
+    divide: float
+    reciprocal: float
+    library: float  # of torch's own functions
+    fused: bool  # whether a product that is added to is not rounded
+    chain: bool  # whether a logit is one sum in the order of the features
+    columns: tuple[int, int]  # least columns of a tile of the forward pass, of 16-bit and of fp32 operands
+    widest: int  # most columns of a tile of 16-bit operands
+    # how a row of a tile lies in the threads, of 16-bit and of fp32 operands: columns side by side in one, threads in
+    # a row, additions from thread to thread and from warp to warp
+    rows: tuple[tuple[int, int, int], tuple[int, int, int]]
+
+    def tiles(self, v: int, itemsize: int) -> int:
+        """Tiles of a row of v columns, or more: what is merged into a running sum."""
+        return -(-v // self.columns[itemsize > 2])
+
+    def row_depth(self, v: int, itemsize: int) -> int:
+        """Most additions that a term of a row's sum in one tile passes through; the target's is none."""
+        side, threads, levels = self.rows[itemsize > 2]
+        terms = min(v, self.columns[1] if itemsize > 2 else self.widest)
+        return min(max(terms - 2, 0), side * -(-terms // (side * threads)) - 1 + levels)
+
+
+@dataclass(frozen=True)
 class Machine:
     """What rounds how. `block` = 0: products and sums in any order, fused or not (CPU, and fp32 without tensor cores).
 
@@ -125,6 +165,17 @@ class Machine:
     fraction: int = 0
     cascade: bool = True  # whether sums are those of torch on a CPU (ATen/native/cpu/SumKernel.cpp); else any order
     flushes: bool = False  # whether exponentials below the normal range are 0 (ex2.approx, NumPy's float32 exp2)
+    kernels: Kernels | None = None  # of the tiled variants; None: the eager passes, or somebody else's kernels
+
+    @property
+    def of_others(self) -> Machine:
+        """The same device under kernels of which nothing is known."""
+        return dataclasses.replace(self, kernels=None)
+
+    @property
+    def accuracy(self) -> float:
+        """Error of torch's functions, in ulp."""
+        return self.ulps if self.kernels is None else self.kernels.library
 
     def products(
         self,
@@ -144,25 +195,29 @@ class Machine:
         number of additions that can err at all (see `inexact_additions`).
         `largest`: that of |a| plus that of |b|. A tensor core aligns a subnormal factor as if it were the smallest
         normal number, so that a block may err by (block + 1) 2^-fraction of that number times the other factor; and a
-        subnormal accumulator as 2^-126.
+        subnormal accumulator as 2^-126. A library may multiply narrow matrices without tensor cores: the larger of both
+        bounds.
         """
         if terms == 0:
             return torch.zeros_like(out)
-        if self.block and operand in (torch.bfloat16, torch.float16):
-            steps = -(-terms // self.block)
-            step = (self.block + 1) * 2.0**-self.fraction + 2.0**-23 + p.u * self.block / 32  # fp32 sums of tiles of 32
-            normal, cut = torch.finfo(operand).smallest_normal, (self.block + 1) * 2.0**-self.fraction
-            least = steps * (cut * (normal * (largest + normal) + 2.0**-126) + p.tiny)
-            return steps * step / (1 - steps * step) * absolute + torch.where(absolute > 0, least, 0.0)
+        tensor_cores = bool(self.block) and operand in (torch.bfloat16, torch.float16)
         growth = 1 + terms * p.u  # a computed partial sum against an exact one
         count = torch.full_like(out, terms - 1)  # the first term is added to 0, or its product rounded by the addition
         if inexact is not None:
             count = torch.minimum(count, inexact)
         error = count * half_ulp(growth * (absolute + out) / 2, p.dtype)
-        if not exact:
+        if not exact and not tensor_cores:
             error = error + p.u * growth * absolute
         underflow = absolute > 0 if inexact is None else (absolute > 0) & (inexact > 0)
-        return error + torch.where(underflow, terms * p.tiny, 0.0)
+        error = error + torch.where(underflow, terms * p.tiny, 0.0)
+        if not tensor_cores:
+            return error
+        steps = -(-terms // self.block)
+        step = (self.block + 1) * 2.0**-self.fraction + 2.0**-23 + p.u * self.block / 32  # fp32 sums of tiles of 32
+        normal, cut = torch.finfo(operand).smallest_normal, (self.block + 1) * 2.0**-self.fraction
+        least = steps * (cut * (normal * (largest + normal) + 2.0**-126) + p.tiny)
+        blocks = steps * step / (1 - steps * step) * absolute + torch.where(absolute > 0, least, 0.0)
+        return torch.maximum(error, blocks)
 
     def sum_depth(self, n: int, inner: bool = True) -> int:
         """Most additions that round what a term ends up in, in torch.sum of n along the last (`inner`) or another axis.
@@ -194,10 +249,30 @@ class Machine:
 
 
 CPU = Machine("cpu")  # the eager passes
-INTERPRETER = Machine("interpreter", ulps=4.0, roundings=4, cascade=False, flushes=True)  # the kernels in NumPy
-HOPPER = Machine("hopper", ulps=4.0, roundings=4, block=16, fraction=25, cascade=False, flushes=True)
-AMPERE = Machine("ampere", ulps=4.0, roundings=4, block=8, fraction=24, cascade=False, flushes=True)
-MACHINES = {machine.name: machine for machine in (CPU, INTERPRETER, HOPPER, AMPERE)}
+_GPU = Kernels(
+    exp2=2.0, log=1.0, divide=2.0, reciprocal=1.0, library=2.0, fused=True, chain=True, columns=(128, 64), widest=256,
+    rows=((2, 4, 2), (4, 16, 4)),
+)  # fmt: skip
+_NUMPY = Kernels(
+    exp2=4.0, log=4.0, divide=0.5, reciprocal=0.5, library=1.0, fused=False, chain=False, columns=(32, 32), widest=32,
+    rows=((32, 1, 0), (32, 1, 0)),
+)  # fmt: skip
+_TENSOR_CORES = Machine("hopper", ulps=4.0, roundings=4, block=16, fraction=25, cascade=False, flushes=True)
+INTERPRETER = Machine("interpreter", ulps=4.0, roundings=4, cascade=False, flushes=True, kernels=_NUMPY)
+HOPPER = dataclasses.replace(_TENSOR_CORES, kernels=_GPU)
+AMPERE = dataclasses.replace(  # rows may be spread over warps
+    _TENSOR_CORES, name="ampere", block=8, fraction=24, kernels=dataclasses.replace(_GPU, rows=((2, 4, 5), (4, 16, 4)))
+)
+BLACKWELL = dataclasses.replace(  # its tensor cores are not recorded, and a thread may hold a whole row
+    _TENSOR_CORES, name="blackwell", kernels=dataclasses.replace(_GPU, rows=((256, 1, 1), (4, 16, 4)))
+)
+_GENERATIONS = {8: AMPERE, 9: HOPPER}
+MACHINES = {machine.name: machine for machine in (CPU, INTERPRETER, HOPPER, AMPERE, BLACKWELL)}
+
+
+def gpu_machine(device: torch.device | str | None = None) -> Machine:
+    """How a CUDA device rounds, by its compute capability."""
+    return _GENERATIONS.get(torch.cuda.get_device_capability(device)[0], BLACKWELL)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from cce_precision.analysis.bounds import CPU, INFLATION, Call, Machine
 from cce_precision.analysis.bounds_gradients import Rows
-from cce_precision.analysis.bounds_logits import Blocks, Softmax, plain_softmax, tiled_softmax
 from cce_precision.analysis.bounds_model import LARGEST_EXPONENT, Computed, half_ulp
+from cce_precision.analysis.bounds_softmax import Softmax
 from cce_precision.analysis.references import Objective, Quantities, magnitudes
-from cce_precision.eager.tiles import block_shape
 from cce_precision.numerics import NO_FILTER, Accumulation, Filter, FilterKind, Variant, unit_roundoff
 from cce_precision.problem import Plan, Problem
 
@@ -65,12 +64,7 @@ class _SharedCall(Call):
         inside = (rows.targets >= start) & (rows.targets < stop)
         targets = torch.where(inside, rows.targets - start, 0)
         bias = None if self.bias is None else self.bias[part]
-        arguments = (problem, rows.e, self.c[part], bias, targets, self.weight[part], self.machine)
-        if not self.tiled:
-            return plain_softmax(*arguments)
-        _, width = block_shape(problem, self.plan, by_tile=False)
-        width = min(width, self.blocks.width, stop - start)
-        return tiled_softmax(*arguments, Blocks(width, -(-(stop - start) // width)))
+        return self.softmax(problem, rows.e, self.c[part], bias, targets, self.weight[part])
 
     def _shared(self, rows: Rows) -> Softmax:
         """The whole softmax, its heads with the errors that those of the shares leave."""

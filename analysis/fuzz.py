@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cce_precision import compute_z_loss, linear_cross_entropy
-from cce_precision.analysis.bounds import AMPERE, CPU, HOPPER, INTERPRETER, Machine, bound
+from cce_precision.analysis.bounds import CPU, INTERPRETER, Machine, bound
+from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build, moved
 from cce_precision.analysis.references import Quantities, Truth, truth
 from cce_precision.autograd import choose_backend
@@ -136,7 +137,7 @@ def machine_of(call: Call) -> Machine:
         return INTERPRETER if kernels else CPU
     if not kernels:
         raise ValueError(f"plain PyTorch runs {call.knobs.to_json()} on {call.device}, where its errors have no bound")
-    return HOPPER if torch.cuda.get_device_capability(call.device)[0] >= 9 else AMPERE
+    return gpu_machine(call.device)
 
 
 def judge(

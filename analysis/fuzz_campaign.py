@@ -1,6 +1,8 @@
-"""Campaigns of random problems under the oracle: resumable, on the CPU, in Triton's interpreter or on a GPU.
+"""Campaigns of random problems under the oracle: resumable, on the CPU, in Triton's interpreter or on GPUs.
 
     cce-precision fuzz --problems 10000 --seed 0          cce-precision fuzz --minutes 10 --backend cuda --workers 16
+
+"emulated": in the interpreter with the tiles and the tensor cores of an H200, judged by the bounds of one.
 
 A folder holds rows.jsonl (a problem a line; an interrupted campaign goes on there), failures/ (an example a file: the
 knobs as found, the knobs made small, what was wrong; `--replay` judges them again), summary.json and index.md.
@@ -14,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from cce_precision import kernels
+from cce_precision.analysis.bounds import HOPPER, Machine
 from cce_precision.analysis.fuzz import judge
 from cce_precision.analysis.fuzz_problems import COMPILED, Knobs, build, random_knobs, sensible
 from cce_precision.analysis.fuzz_summary import holds, page, summary
@@ -31,13 +35,15 @@ from cce_precision.analysis.isolation import Lost, isolated
 from cce_precision.numerics import Path as CodePath
 from cce_precision.variants import ALL
 
-__all__ = ["BACKENDS", "campaign", "replay", "shrink"]
+__all__ = ["BACKENDS", "campaign", "replay", "settle", "shrink"]
 
-BACKENDS = ("eager", "interpreter", "cuda")
+BACKENDS = ("eager", "interpreter", "emulated", "cuda")
+INTERPRETED = ("interpreter", "emulated")
 SECONDS = 1800.0  # for one problem, a compilation and making it small included
 SHRINKING = 60.0  # of the processor, for making an example small
 TRIES = 300  # calls that making an example small may take
-FEATURES = 120  # sets of features of a campaign on a GPU
+FEATURES = 160  # sets of features of a campaign on a GPU
+KIN = 64  # shapes that are tried for one of a kind
 NUMBERS = ("seed", "scale", "margin", "upstream", "ignored", "nan_ignored")  # knobs that no kernel is compiled for
 WITH_BIAS = ("straddle", "masked")  # patterns that need one
 Row = dict[str, Any]
@@ -46,14 +52,34 @@ Example = TypeVar("Example")
 
 def _judgement(knobs: Knobs, backend: str) -> Row:
     """What the oracle says of a problem on a backend: its quantities, or the error that was raised."""
+    device = "cuda" if backend == "cuda" else "cpu"
     try:
-        # An interpreting process runs the kernels where they take the call; the others are asked for what they run.
-        verdict = judge(
-            knobs, backend="eager" if backend == "eager" else "triton", device="cuda" if backend == "cuda" else "cpu"
-        )
+        with _arithmetic(backend) as machine:
+            # An interpreting process runs the kernels where they take the call; the others are asked for what they run.
+            verdict = judge(knobs, None, machine, backend="eager" if backend == "eager" else "triton", device=device)
     except Exception as error:  # a crash is a finding like any other
         return {"error": f"{type(error).__name__}: {error}"}
     return {"quantities": {name: asdict(q) for name, q in verdict.quantities.items()}}
+
+
+@contextlib.contextmanager
+def _arithmetic(backend: str) -> Iterator[Machine | None]:
+    """What the kernels calculate with, and the machine by whose bounds they are judged; None: what runs them."""
+    if backend != "emulated":
+        yield None
+        return
+    from cce_precision.analysis.tensor_core_passes import emulated
+
+    with emulated():
+        yield HOPPER
+
+
+@functools.cache
+def settle(device: str) -> None:
+    """One thread, and one of the visible GPUs, for this process: processes spread over all."""
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
 
 
 def _runs(knobs: Knobs, backend: str) -> bool:
@@ -64,8 +90,16 @@ def _runs(knobs: Knobs, backend: str) -> bool:
     return kernels.supports(call.placed(), call.plan) is None
 
 
+def _kind(k: Knobs) -> tuple[object, ...]:
+    """What kernels are compiled for in a shape: sizes of 1, of multiples of 8 and 16 (copies, vectors), tiles."""
+    sizes = [(size == 1, size % 8 == 0, size % 16 == 0) for size in (k.n, k.v, k.d)]
+    return (*sizes, k.n > 128, k.v > 128, k.v > 256, (k.d - 1).bit_length())
+
+
 def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
-    """Problem `index` of a campaign. On a GPU a call's features come from few, because each is a compilation."""
+    """Problem `index` of a campaign. On a GPU a call's features and the kind of its shape come from few, because each
+    is a compilation.
+    """
     compiled = tuple(k.impl for k in COMPILED[:1] if k.impl in impls)
     others = tuple(name for name in impls if name not in compiled)
     drawn = compiled if compiled and (index % 100 == 99 or not others) else others
@@ -78,12 +112,15 @@ def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
     changes: dict[str, Any] = {name: getattr(other, name) for name in NUMBERS}
     if k.pattern not in WITH_BIAS and other.pattern not in WITH_BIAS:
         changes["pattern"] = other.pattern
+    shapes = (random_knobs(numbers, drawn) for _ in range(KIN))
+    shape = next((x for x in shapes if _kind(x) == _kind(k)), k)
+    changes |= {"n": shape.n, "v": shape.v, "d": shape.d}
     return sensible(dataclasses.replace(k, **changes))
 
 
 def _row(index: int, seed: int, impls: Sequence[str], backend: str) -> Row:
     """Problem `index` of a campaign, judged, and made small where it fails."""
-    torch.set_num_threads(1)
+    settle(backend)
     knobs = _draw(index, seed, impls, backend)
     row = {"index": index, "seed": seed, "backend": backend, "knobs": json.loads(knobs.to_json())}
     row |= _judgement(knobs, backend)
@@ -161,9 +198,9 @@ def _spread(
     work: Callable[[Any], Row], tasks: Iterable[Any], backend: str, workers: int
 ) -> Iterator[tuple[Any, Row | Lost]]:
     """`work` on all tasks, in this process (no workers) or in others; the interpreter always has one of its own."""
-    if not workers and backend != "interpreter":
+    if not workers and backend not in INTERPRETED:
         return ((task, work(task)) for task in tasks)
-    settings = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if backend == "interpreter" else {})
+    settings = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if backend in INTERPRETED else {})
     return isolated(work, tasks, workers=max(workers, 1), seconds=SECONDS, environment=settings)
 
 
@@ -213,7 +250,7 @@ def campaign(
         file.write("\n" * cut_short)
         for index, found in _spread(work, todo(), backend, workers):
             if isinstance(found, Lost):
-                knobs = json.loads(_draw(index, seed, impls, backend).to_json()) if backend != "interpreter" else {}
+                knobs = json.loads(_draw(index, seed, impls, backend).to_json()) if backend not in INTERPRETED else {}
                 found = {"index": index, "seed": seed, "backend": backend, "knobs": knobs, "error": found.reason}
             rows[index] = found
             file.write(json.dumps(found) + "\n")
@@ -253,5 +290,5 @@ def replay(folder: Path, workers: int = 0) -> list[Row]:
 
 
 def _again(task: tuple[str, Knobs], backend: str) -> Row:
-    torch.set_num_threads(1)
+    settle(backend)
     return _judgement(task[1], backend)

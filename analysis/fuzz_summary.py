@@ -89,6 +89,7 @@ def page(found: dict[str, Any]) -> str:
     place = {
         "eager": f"in plain PyTorch ({found['cpu']})",
         "interpreter": "Triton's kernels in their interpreter",
+        "emulated": "Triton's kernels in their interpreter with an H200's tiles and tensor cores, under its bounds",
         "cuda": f"Triton's kernels on one {found['device']}",
     }[found["backend"]]
     lines = [

@@ -228,9 +228,10 @@ def test_bounds_are_non_negative_and_zero_for_ignored_tokens(k: Knobs) -> None:
 @pytest.mark.parametrize("machine", [HOPPER, AMPERE])
 @pytest.mark.parametrize("impl", EAGER)
 def test_other_machines_are_no_more_accurate(impl: str, machine: Machine) -> None:
-    """The model of a tensor core only widens the bounds of 16-bit problems whose products are not exact."""
+    """The model of a tensor core only widens the bounds of 16-bit problems whose products are not exact, where nothing
+    is known of the order in which it is used."""
     problem = problem_of_normals(torch.float16)
-    here, there = (bound(problem, Plan(ALL[impl]), machine=m) for m in (CPU, machine))
+    here, there = (bound(problem, Plan(ALL[impl]), machine=m) for m in (CPU, machine.of_others))
     for name in ("nll", "lse", "dE", "dC"):
         assert getattr(there, name).norm() >= getattr(here, name).norm()
 

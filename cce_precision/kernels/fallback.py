@@ -18,7 +18,7 @@ from .dz import Run, write_dz
 from .elements import DTYPES
 from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
-from .schedule import WIDEST, best_width
+from .schedule import WIDEST
 from .terms import RowTerms, TokensByTarget, label_rows
 
 __all__ = ["NARROWEST", "config_of", "exact_where", "multiply_where"]
@@ -174,13 +174,9 @@ def exact_where(
     total = label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active) if want_e else None
     pool = pool[-(-n * d // 64) * 64 if want_e else 0 :].view(problem.operand_dtype)
     by_hopper = shift_c is None and _products_by_hopper(problem)
-    widest = WIDEST
-    if by_hopper:
-        wanted = (want_e, d_c is not None)
-        widest = best_width(n, v, d, min(WIDEST, -(-v // 256) * 256), 1, wanted, multiprocessors(e.device))
     start = 0
     while start < v:
-        dz = room_for_dz(n, start, pool, d_c, widest)
+        dz = room_for_dz(n, start, pool, d_c, WIDEST)
         stop = min(start + dz.shape[1], v)
         c, bias, weight = (
             None if x is None else x[start:stop] for x in (problem.c, problem.bias, problem.column_weight)

@@ -38,7 +38,7 @@ from .terms import (
 __all__ = ["backward_filtered", "capacity", "occupancy"]
 
 DEFAULT_WORKSPACE_MB = 192
-TAIL_SHARE = 4  # the part of the workspace that holds a subset filter's sums of dC
+TAIL_SHARE = 2  # the part of the workspace that holds a subset filter's sums of dC
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

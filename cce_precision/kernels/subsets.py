@@ -20,7 +20,7 @@ from .terms import RowTerms
 
 __all__ = ["Tail", "members", "tail_of"]
 
-MOST_COLUMNS = 2048  # drawn columns of one product of dE
+MOST_COLUMNS = 4096  # drawn columns of one product of dE
 
 
 def members(problem: Problem, plan: Plan, e: Tensor, filt: Filter, seed: Tensor, over_columns: bool) -> Tensor:
