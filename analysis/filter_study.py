@@ -37,7 +37,7 @@ from torch import Tensor
 
 from cce_precision import linear_cross_entropy
 from cce_precision.analysis.bench import provenance
-from cce_precision.analysis.bench_job import DTYPES, PRODUCT, Interrupted, Job, device_name, measure, relative_error
+from cce_precision.analysis.bench_job import DTYPES, FLOOR, Interrupted, Job, device_name, measure, relative_error
 from cce_precision.analysis.bench_methods import Call
 from cce_precision.analysis.bench_methods import Method as Timed
 from cce_precision.analysis.capture import STAGES
@@ -251,7 +251,8 @@ class Study:
             "method", "status", "reason", "rounds", "time_ms", "spread_ms", "times_product", "peak_mib", "dE_error",
             "dC_error",
         )  # fmt: skip
-        return [{k: row[k] for k in kept} for row in rows if row["kind"] == "loss-fw-bw" or row["method"] == PRODUCT]
+        wanted = [row for row in rows if row["kind"] in ("product", "loss-fw-bw") and row["method"] != FLOOR]
+        return [{k: row[k] for k in kept} for row in wanted]
 
     def average(self, name: str) -> list[Row]:
         """Draws are added in pairs, the sums in pairs again, so that each power of two has many groups of its own."""

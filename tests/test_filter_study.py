@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis import filter_study, metrics
+from cce_precision.analysis.bench_job import PRODUCT
 from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.filter_estimators import EPS, ESTIMATORS, Softmax, errors
 from cce_precision.analysis.filter_study import Study, Subject, contender, read, run, subjects
+from cce_precision.analysis.filter_study_answers import cheapest, fit, groups_of, sentences, tried_of
+from cce_precision.analysis.filter_study_page import BEGIN, END, build, update_readme
 from cce_precision.analysis.sampled_statistics import t_quantile
 from cce_precision.analysis.shapes import Shape
 
@@ -182,3 +186,91 @@ def test_names_of_methods_and_folders_of_heads(tmp_path: Path) -> None:
         "early",
         "middle",
     ]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_noise_and_what_stays() -> None:
+    draws = [2**k for k in range(7)]
+    for noise, stays in ((3.0, 0.5), (3.0, 0.0), (0.0, 2.0)):
+        found = fit(draws, [math.sqrt(noise**2 / k + stays**2) for k in draws])
+        assert found.noise**2 == pytest.approx(noise**2, abs=order(torch.zeros(99)))
+        assert found.stays**2 == pytest.approx(stays**2, abs=order(torch.zeros(99)))
+    assert fit(draws, [1 / math.sqrt(k) for k in draws]).slope == pytest.approx(-0.5)
+    assert fit(draws, [1.0] * 7).slope == 0
+
+
+def made_up(what: str, method: str, **more: object) -> filter_study.Row:
+    about = {"case": "real", "stage": "trained", "n": 8, "v": 100, "d": 4, "dtype": "bf16", "device": "GPU"}
+    strata = {"0": {"rows": 90, "error": 0.5, "empty": 0.25}, "1": {"rows": 10, "error": 0.1, "empty": 0.0}}
+    stamp = {"command": "python -m study", "versions": "torch", "commit": "abc", "measured_at": "now"}
+    return about | {"what": what, "unit": method, "method": method, "strata": strata} | stamp | more
+
+
+def timed(method: str, cost: float, error: float, status: str = "ok") -> list[filter_study.Row]:
+    time = {"status": status, "reason": "dC is off", "rounds": 2 * (status == "ok"), "time_ms": cost, "peak_mib": 1.0}
+    errors_of_it = {"dE_error": error, "dC_error": error, "times_product": cost, "spread_ms": 0.0}
+    step = made_up("step", method, dE=error, dC=error, entries=10.0 * cost, kept_mass=1.0)
+    return [step, made_up("time", method, **time, **errors_of_it)]
+
+
+def rows_of_a_study() -> list[filter_study.Row]:
+    rows = [made_up("head", "", floor_dE=1e-3, floor_dC=1e-3, statistics={})]
+    rows += (
+        timed("cce_sparse@2^-12", 1.0, 4e-2) + timed("cce_unbiased@2^-12", 1.5, 4e-3) + timed("cce_exact", 5.0, 2e-3)
+    )
+    rows += timed("cce@2^-12", 2.0, 5e-2) + timed("cce@2^-10", 0.5, 0.9, "failed")
+    rows += [made_up("average", "cce_unbiased@2^-12", draws=[1, 2], groups=[2, 1], dE=[4e-3, 3e-3], dC=[4e-3, 3e-3])]
+    for name, error in (("by entry", 2e-3), ("one draw a row", 1e-3), ("by entry and norms", 3e-3)):
+        of = "cce_unbiased" if name == "by entry" else ""
+        rows.append(
+            made_up("estimator", name, group="entries", unbiased=True, about="", of_variant=of, share=8, entries=5.0)
+            | {"dE": error, "dC": error}
+        )
+    return rows
+
+
+def test_what_the_page_says_follows_from_the_rows() -> None:
+    [group] = groups_of(rows_of_a_study())
+    assert group.timed and group.front("dE") == {"cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_exact"}
+    assert [getattr(cheapest(group, limit), "method", None) for limit in (1e-1, 1e-2, 3e-3, 1e-3)] == [
+        "cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_exact", None,
+    ]  # fmt: skip
+    assert group.failures == ["cce@2^-10: no time, failed, dC is off"]
+    said = "\n".join(sentences([group], tried_of(rows_of_a_study())))
+    assert "10.0 times less" in said and "1.50 instead of 1.00 times the logits product" in said
+    assert "Fastest with both gradients within 0.005: real head, trained cce_unbiased@2^-12 (1.50 G)" in said
+    assert (
+        "better somewhere: one draw a row (dE 0.50 to 0.50" in said and "no better anywhere: by entry and norms" in said
+    )
+    assert "25% of their rows empty" in said
+
+
+def test_the_page_and_the_readme_are_written(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_a_study()))
+    (tmp_path / "README.md").write_text(f"# Study\n{BEGIN}\nold\n{END}\nrest\n")
+    convergence = Path(__file__).parents[1] / "reports" / "convergence"
+    page = build(tmp_path, convergence).read_text()
+    assert "real head, trained" in page and "What it does to learning" in page and "http-equiv" in page
+    assert "no time, failed" in page
+    update_readme(tmp_path, convergence)
+    readme = (tmp_path / "README.md").read_text()
+    assert (
+        "old" not in readme and readme.endswith(f"{END}\nrest\n") and "| 0.01 | cce_unbiased@2^-12, 1.50 G |" in readme
+    )
+    for picture in re.findall(r"\((figures/[^)]*)\)", readme):
+        assert (tmp_path / picture).exists()
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        update_readme(tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match="holds no row"):
+        build(tmp_path)
+
+
+def test_times_come_with_the_errors_of_the_same_calls(study: Study) -> None:
+    rows = study.times(("cce_exact", "cce_sparse@2^-2"), lambda what: None)
+    assert [row["method"] for row in rows] == [PRODUCT, "cce_exact", "cce_sparse@2^-2"]
+    assert rows[1]["time_ms"] > 0 and rows[1]["times_product"] > 0
+    assert rows[1]["dC_error"] == pytest.approx(study.step("cce_exact")[0]["dC"], rel=order(study.case.c))

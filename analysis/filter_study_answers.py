@@ -1,0 +1,335 @@
+"""What the rows of `filter_study` say: subjects with their points, fronts, fits, and the answer in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cce_precision.analysis.bench_job import PRODUCT
+from cce_precision.analysis.convergence_page import number
+from cce_precision.analysis.filter_study import SUBJECT, Row
+
+__all__ = ["DEFAULTS", "SIDES", "Fit", "Group", "Point", "Tried", "cheapest", "family", "fit", "groups_of", "sentences"]
+
+SIDES = ("dE", "dC")
+NAMES = {
+    "real": "real head",
+    "captured": "shipped head",
+    "trained": "synthetic, trained",
+    "init": "synthetic, flat",
+}
+DEFAULTS = ("cce@2^-12", "cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_subsampled@2^-12/8", "cce_exact", "baseline")
+DROP, SAMPLE = "cce_sparse@2^-12", "cce_unbiased@2^-12"
+SAME = 0.02  # errors of estimators that differ by less are alike: so far do their draws scatter
+CLOSE = 5e-3  # the tolerance of a sentence
+FULL = 0.95  # a tile filter that keeps such a share of the entries drops nothing worth the name
+
+
+class Fit(NamedTuple):
+    """error^2 = noise^2 / draws + stays^2, and the slope of log error over log draws."""
+
+    noise: float
+    stays: float
+    slope: float
+
+
+def fit(draws: Sequence[float], errors: Sequence[float]) -> Fit:
+    """Least squares of the relative misfit of the squared errors, `stays` and `noise` at least 0."""
+    if len(draws) < 2:
+        return Fit(math.nan, math.nan, math.nan)
+    a = [1 / k / e**2 for k, e in zip(draws, errors)]
+    b = [1 / e**2 for e in errors]
+    aa, ab, bb = (sum(x * y for x, y in zip(*pair)) for pair in ((a, a), (a, b), (b, b)))
+    sa, sb = sum(a), sum(b)
+    determinant = aa * bb - ab * ab
+    noise, stays = (
+        ((sa * bb - sb * ab) / determinant, (sb * aa - sa * ab) / determinant) if determinant else (0.0, sb / bb)
+    )
+    if stays < 0:
+        noise, stays = sa / aa, 0.0
+    elif noise < 0:
+        noise, stays = 0.0, sb / bb
+    x, y = [math.log(k) for k in draws], [math.log(e) for e in errors]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((p - mx) * (q - my) for p, q in zip(x, y)) / sum((p - mx) ** 2 for p in x)
+    return Fit(math.sqrt(noise), math.sqrt(stays), slope)
+
+
+def family(method: str) -> str:
+    """The variant that a method is of; one with a workspace is a curve of its own."""
+    return method if method.endswith("MB") else method.partition("@")[0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method of one step: what it costs (products of time, else entries a row) and its errors."""
+
+    method: str
+    cost: float
+    errors: tuple[float, float]
+    ms: float | None = None
+    mib: float | None = None
+
+    def error(self, side: str) -> float:
+        return self.errors[SIDES.index(side)]
+
+
+@dataclass
+class Group:
+    """The rows of one subject."""
+
+    about: Row
+    head: Row = field(default_factory=dict)
+    steps: dict[str, Row] = field(default_factory=dict)
+    times: dict[str, Row] = field(default_factory=dict)
+    averages: dict[str, Row] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.about["dtype"])
+
+    @property
+    def short(self) -> str:
+        case, stage = str(self.about["case"]), self.about["stage"]
+        return NAMES.get(case, case) + (f", {stage}" if stage else "")
+
+    @property
+    def title(self) -> str:
+        a = self.about
+        device = a["device"].partition(" (")[0]
+        return f"{self.short} (N={a['n']:,}, V={a['v']:,}, D={a['d']:,}, {a['dtype']}, {device})"
+
+    @property
+    def slug(self) -> str:
+        a = self.about
+        device = "cpu" if a["device"].startswith("CPU") else "gpu"
+        return "-".join(str(x) for x in (a["case"], a["stage"], a["v"], a["dtype"], device) if x)
+
+    @property
+    def timed(self) -> bool:
+        return any(row["status"] == "ok" and row["rounds"] for row in self.times.values())
+
+    @property
+    def cost_name(self) -> str:
+        return "time / logits product" if self.timed else "entries a row that enter dE"
+
+    def said(self, cost: float, short: bool = False) -> str:
+        if self.timed:
+            return f"{cost:.2f} G" if short else f"{cost:.2f} products"
+        return f"{cost:,.0f} of {self.about['v']:,}" if short else f"{cost:,.0f} of {self.about['v']:,} entries a row"
+
+    @property
+    def floor(self) -> dict[str, float]:
+        return {side: self.head.get(f"floor_{side}", math.nan) for side in SIDES}
+
+    @property
+    def points(self) -> list[Point]:
+        """What was measured of a step; where there are times, of methods whose check passed, errors of those calls."""
+        if not self.timed:
+            return [Point(m, row["entries"], (row["dE"], row["dC"])) for m, row in self.steps.items()]
+        return [
+            Point(m, t["times_product"], (t["dE_error"], t["dC_error"]), t["time_ms"], t["peak_mib"])
+            for m, t in self.times.items()
+            if m in self.steps and t["status"] == "ok" and t["rounds"]
+        ]
+
+    def front(self, side: str) -> set[str]:
+        """Methods than which no other is as cheap and as exact, and one of the two more so."""
+
+        def beats(a: Point, b: Point) -> bool:
+            no_worse = a.cost <= b.cost and a.error(side) <= b.error(side)
+            return no_worse and (a.cost < b.cost or a.error(side) < b.error(side))
+
+        points = self.points
+        return {p.method for p in points if not any(beats(other, p) for other in points)}
+
+
+def cheapest(group: Group, limit: float) -> Point | None:
+    """The cheapest method with both errors within the limit, of equals the more exact; None for none."""
+    able = [p for p in group.points if max(p.errors) <= limit]
+    return min(able, key=lambda p: (p.cost, max(p.errors)), default=None)
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """The subjects, timed ones first."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for row in rows:
+        group = found.setdefault(tuple(row[k] for k in SUBJECT), Group({k: row[k] for k in SUBJECT}))
+        if "failed" in row:
+            group.failures.append(f"{row['what']} {row['unit']}: {row['failed']}")
+        elif row["what"] == "head":
+            group.head = row
+        elif row["what"] != "estimator":
+            {"step": group.steps, "time": group.times, "average": group.averages}[row["what"]][row["method"]] = row
+    for group in found.values():
+        bad = [t for m, t in group.times.items() if m != PRODUCT and t["status"] != "ok"]
+        group.failures += [f"{t['method']}: no time, {t['status']}, {t['reason']}" for t in bad]
+    some = [group for group in found.values() if group.steps]
+    return sorted(some, key=lambda group: not group.timed)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An estimator on a stage at a share, beside the variant's own of its group."""
+
+    name: str
+    stage: str
+    share: int
+    group: str
+    about: str
+    of_variant: str
+    unbiased: bool
+    entries: float
+    errors: dict[str, float]
+    own: dict[str, float]  # of what the variant of the group does
+
+    def ratio(self, side: str) -> float:
+        return self.errors[side] / self.own[side]
+
+
+def tried_of(rows: Iterable[Row]) -> list[Tried]:
+    """The estimators' rows, each with the errors of what the unbiased variant of its group does."""
+    some = [row for row in rows if row["what"] == "estimator" and "failed" not in row]
+    at = lambda row: (row["stage"], row["share"], row["group"])  # noqa: E731
+    own = {at(row): {side: row[side] for side in SIDES} for row in some if row["of_variant"] and row["unbiased"]}
+    return [
+        Tried(
+            name=row["method"],
+            errors={side: row[side] for side in SIDES},
+            own=own[at(row)],
+            **{k: row[k] for k in ("stage", "share", "group", "about", "of_variant", "unbiased", "entries")},
+        )
+        for row in some
+        if at(row) in own
+    ]
+
+
+# -- the answer --------------------------------------------------------------------------------------------------------
+
+
+def times(ratio: float, more: str = "more", less: str = "less") -> str:
+    """4.2 times less, 1.3 times more."""
+    return f"{ratio:.1f} times {more}" if ratio > 1 else f"{1 / ratio:.1f} times {less}"
+
+
+def _of_bias(group: Group) -> str:
+    drop, sample = group.steps[DROP], group.steps[SAMPLE]
+    said = (
+        f"{group.title}: entries below 2^-12, dropped one by one, leave an error of {number(drop['dE'])} in dE and "
+        f"{number(drop['dC'])} in dC; sampled without bias {number(sample['dE'])} and {number(sample['dC'])}, "
+        f"{times(sample['dE'] / drop['dE'])} and {times(sample['dC'] / drop['dC'])}, from {sample['entries']:,.0f} "
+        f"instead of {drop['entries']:,.0f} of {group.about['v']:,} entries a row"
+    )
+    larger = [
+        row for m, row in group.steps.items() if family(m) == family(DROP) and row["entries"] >= sample["entries"]
+    ]
+    if larger:
+        fair = min(larger, key=lambda row: row["entries"])
+        said += (
+            f" (dropping with {fair['entries']:,.0f}, at {fair['method'].partition('@')[2]}, leaves "
+            f"{number(fair['dE'])} and {number(fair['dC'])})"
+        )
+    points = {p.method: p for p in group.points}
+    if group.timed and DROP in points and SAMPLE in points:
+        said += f", in {points[SAMPLE].cost:.2f} instead of {points[DROP].cost:.2f} times the logits product"
+    return said + "."
+
+
+def _of_tiles(group: Group) -> str | None:
+    tile = group.steps.get("cce@2^-12")
+    if tile is None or tile["entries"] < FULL * group.about["v"]:
+        return None
+    return (
+        f"Tiles below 2^-12 are rare in the {group.short}: cce keeps {tile['entries'] / group.about['v']:.0%} of the "
+        f"entries, so its error ({number(tile['dE'])}, {number(tile['dC'])}) is hardly that of its filter; it sums in "
+        f"{group.dtype}."
+    )
+
+
+def _of_averages(groups: Sequence[Group]) -> str | None:
+    some = [g for g in groups if SAMPLE in g.averages and DROP in g.steps]
+    if not some:
+        return None
+    exact = [g for g in some if g.dtype == "fp32"] or some
+    group = exact[0]
+    row = group.averages[SAMPLE]
+    falls = [
+        f"from {number(row[s][0])} to {number(row[s][-1])} in {s} (slope {fit(row['draws'], row[s]).slope:.2f})"
+        for s in SIDES
+    ]
+    stays = " and ".join(number(group.steps[DROP][side]) for side in SIDES)
+    return (
+        f"Averaged over {row['draws'][-1]} draws ({group.title}), the error of {SAMPLE} falls {' and '.join(falls)}; "
+        f"pure noise has slope -0.5. What {DROP} leaves, {stays}, is the same for every draw."
+    )
+
+
+def _of_rows(group: Group) -> str | None:
+    drop, sample = (group.steps[m]["strata"].get("0") for m in (DROP, SAMPLE))
+    if not drop or not sample:
+        return None
+    return (
+        f"Words that are no target in the batch ({drop['rows']:,} rows of dC, {group.short}): dropping leaves "
+        f"{drop['empty']:.0%} of their rows empty and an error of {number(drop['error'])}, sampling "
+        f"{sample['empty']:.0%} and {number(sample['error'])}."
+    )
+
+
+def _of_fronts(groups: Sequence[Group]) -> list[str]:
+    said = []
+    for timed in (True, False):
+        best = [(g, cheapest(g, CLOSE)) for g in groups if g.timed == timed and g.dtype != "fp32"]
+        found = [f"{g.short} {p.method} ({g.said(p.cost, short=True)})" for g, p in best if p is not None]
+        if found:
+            word = "Fastest" if timed else "Fewest entries (not times)"
+            said.append(f"{word} with both gradients within {number(CLOSE)}: {'; '.join(found)}.")
+    return said
+
+
+def _of_estimators(tried: Sequence[Tried]) -> list[str]:
+    """Which of those that no variant does are better wherever they were tried, on some heads, or nowhere."""
+    kinds: dict[str, list[str]] = {"better": [], "mixed": [], "no better": []}
+    for name in dict.fromkeys(t.name for t in tried if not t.of_variant):
+        ratios = {s: [t.ratio(s) for t in tried if t.name == name] for s in SIDES}
+        span = ", ".join(f"{s} {min(x):.2f} to {max(x):.2f}" for s, x in ratios.items())
+        low, high = min(map(min, ratios.values())), max(map(max, ratios.values()))
+        kind = "no better" if low > 1 - SAME else "better" if high < 1 + SAME else "mixed"
+        kinds[kind].append(f"{name} ({span})")
+    words = {
+        "better": f"nowhere worse (by more than {SAME:.0%}), better somewhere",
+        "mixed": "better on some heads, worse on others",
+        "no better": "no better anywhere",
+    }
+    return [
+        f"Other estimators, errors over the variants' own: {words[k]}: {'; '.join(v)}." for k, v in kinds.items() if v
+    ]
+
+
+def _of_the_mean_tail(tried: Sequence[Tried]) -> list[str]:
+    """What it helps a drop to put the mean tail back."""
+    drops = {(t.stage, t.share): t for t in tried if not t.unbiased and t.of_variant}
+    back = [t for t in tried if not t.unbiased and not t.of_variant]
+    pairs = [(drops[t.stage, t.share], t) for t in back if (t.stage, t.share) in drops]
+    if not pairs:
+        return []
+    gains = {s: [drop.errors[s] / t.errors[s] for drop, t in pairs] for s in SIDES}
+    span = " and ".join(f"{s} {min(x):.1f} to {max(x):.1f}" for s, x in gains.items())
+    return [
+        f"The mean tail, put back where entries are dropped, divides a drop's error by {span}; the rest stays biased."
+    ]
+
+
+def sentences(groups: Sequence[Group], tried: Sequence[Tried]) -> list[str]:
+    """The answer in words, from the rows alone."""
+    half = [g for g in groups if g.dtype != "fp32" and {DROP, SAMPLE} <= set(g.steps)]
+    first = [g for g in half if g.timed] or half
+    said: list[str | None] = [_of_bias(g) for g in first]
+    said += [_of_tiles(g) for g in first]
+    said += [_of_averages(groups)]
+    said += [_of_rows(g) for g in first[:1]]
+    said += _of_fronts(groups)
+    said += _of_estimators(tried)
+    return [s[0].upper() + s[1:] for s in said if s]
