@@ -6,21 +6,35 @@ the bound assumes follows from what runs: the eager passes, or the kernels on a 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from cce_precision import compute_z_loss, linear_cross_entropy
+from cce_precision import compute_z_loss, kernels, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, INTERPRETER, Machine, bound
 from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build, moved
 from cce_precision.analysis.references import Quantities, Truth, truth
 from cce_precision.autograd import choose_backend
 
-__all__ = ["QUANTITIES", "Comparison", "Verdict", "compare", "judge", "judge_outputs", "machine_of", "outputs"]
+__all__ = [
+    "QUANTITIES",
+    "Comparison",
+    "Verdict",
+    "compare",
+    "judge",
+    "judge_outputs",
+    "machine_of",
+    "outputs",
+    "sparse_way",
+]
 
 BALLS = 2**12  # products up to which a call in fp64 is judged by ball arithmetic
 QUANTITIES = ("value", "lse", "entropy", "dE", "dC", "dbias")
@@ -140,6 +154,32 @@ def machine_of(call: Call) -> Machine:
     return gpu_machine(call.device)
 
 
+@contextlib.contextmanager
+def sparse_way(call: Call) -> Iterator[list[Tensor]]:
+    """Collects, for each backward pass over lists of entries, whether they were too many (0-dim, not 0): then its
+    gradient is the exact one. Shortens the lists of a crowded call.
+    """
+    taken: list[Tensor] = []
+    problem = call.placed()
+    if choose_backend(problem, call.plan) != "triton" or kernels.capacity(problem, call.plan) is None:
+        yield taken
+        return
+    from cce_precision.kernels import filtered
+
+    entries_of = filtered.entries_of
+
+    def watched(*arguments: Any) -> Any:
+        entries = entries_of(*arguments)
+        taken.append(entries.dense)
+        return entries
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(filtered, "entries_of", watched))
+        if call.knobs.crowded:
+            stack.enter_context(mock.patch.object(filtered, "capacities", lambda n, blocks, size: (1, 1)))
+        yield taken
+
+
 def judge(
     k: Knobs,
     method: str | None = None,
@@ -150,6 +190,7 @@ def judge(
 ) -> Verdict:
     """Runs the call and compares what it gives with the truth, by the bound for `machine` (None: what runs it).
 
+    The bound is that of the way that a pass over lists of entries really took: of its filter, or of the exact gradient.
     `method` of the truth; None: fp64, but balls for small calls in fp64, whose errors an fp64 truth would share.
     """
     call = build(k, backend, device)
@@ -158,8 +199,13 @@ def judge(
         method = "balls" if small and call.problem.compute_dtype is torch.float64 else "fp64"
     machine = machine_of(call) if machine is None else machine
     exact = truth(call.problem, call.objective, method)
-    allowed = bound(call.problem, call.plan, call.objective, seed=call.knobs.seed, machine=machine)
-    return judge_outputs(call, outputs(call), exact, allowed)
+    with sparse_way(call) as full:
+        computed = outputs(call)
+    plan = call.plan
+    if any(bool(x) for x in full):
+        plan = dataclasses.replace(plan, variant=plan.variant.exact())
+    allowed = bound(call.problem, plan, call.objective, seed=call.knobs.seed, machine=machine)
+    return judge_outputs(call, computed, exact, allowed)
 
 
 def judge_outputs(call: Call, computed: dict[str, Tensor], exact: Truth, allowed: Quantities) -> Verdict:

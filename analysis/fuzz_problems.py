@@ -94,6 +94,7 @@ class Knobs:
     use_entropy: bool = False
     z_loss: bool = False
     strided: bool = False  # e and c are views with other strides
+    crowded: bool = False  # the kernels' lists of entries are made too short for what a filter keeps
 
     def to_json(self) -> str:
         return json.dumps(
@@ -151,6 +152,8 @@ def sensible(k: Knobs) -> Knobs:
         changes |= {"filter_eps": "auto", "filter_e_grad": True, "filter_c_grad": True}
     if variant.path is not Path.TILED:
         changes["accum_fp32"] = False
+    if not variant.filtered or variant.filter_e.by_tile:
+        changes["crowded"] = False
     if "fp64" in (k.e_dtype, k.c_dtype):
         changes |= {"e_dtype": "fp64", "c_dtype": "same"}
     if k.ignore_index >= k.v:
@@ -215,6 +218,7 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
             use_entropy=rng.random() < 0.2,
             z_loss=rng.random() < 0.15,
             strided=rng.random() < 0.2,
+            crowded=rng.random() < 0.3,
         )
     )
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cce_precision.analysis.fuzz import judge
+from cce_precision.analysis.bounds import INTERPRETER, bound
+from cce_precision.analysis.fuzz import judge, judge_outputs, outputs, sparse_way
 from cce_precision.analysis.fuzz_campaign import campaign, replay, shrink
 from cce_precision.analysis.fuzz_problems import PATTERNS, Knobs, build, random_knobs
 from cce_precision.analysis.fuzz_summary import holds
 from cce_precision.analysis.isolation import Lost, isolated
+from cce_precision.analysis.references import truth
 from cce_precision.cli import app
 from cce_precision.eager.backward import Backward
 from tests.strategies import EAGER
@@ -173,6 +175,28 @@ def test_what_a_campaign_found_holds(name: str) -> None:
     for impl in (FOUND[name].impl, "cce_exact", "cce_split"):
         verdict = judge(dataclasses.replace(FOUND[name], impl=impl))
         assert verdict.holds, str(verdict)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["cce_sparse", "cce_unbiased", "cce_subsampled"])
+@pytest.mark.parametrize("eps", [2.0**-4, 2.0**-20])
+def test_a_crowded_pass_is_judged_by_the_way_it_took(impl: str, eps: float) -> None:
+    """Lists that are too short give the exact gradient, with dZ in 16 bits: its bound holds, and the filter's own,
+    which has dZ in fp32, does not where that filter drops nothing.
+    """
+    k = Knobs(seed=3, n=12, v=40, d=4, impl=impl, e_dtype="fp16", c_dtype="same", filter_eps=eps, crowded=True)
+    call = build(k, "triton")
+    with sparse_way(call) as taken:
+        computed = outputs(call)
+    assert [int(x) for x in taken] == [1]
+    verdict = judge(k, backend="triton")
+    assert verdict.holds, str(verdict)
+    allowed = bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER)
+    whole = judge_outputs(call, computed, truth(call.problem, call.objective), allowed)
+    assert whole.holds == (eps == 2.0**-4), str(whole)
+    with sparse_way(build(dataclasses.replace(k, crowded=False), "triton")) as taken:
+        verdict = judge(dataclasses.replace(k, crowded=False), backend="triton")
+    assert verdict.holds and [int(x) for x in taken] == [0]
 
 
 @pytest.mark.interpreter
