@@ -169,9 +169,9 @@ def compare(
             name = f"{recipe.method}, seed {recipe.seed}"
             if row["kind"] == "train":
                 done[recipe.method, recipe.seed] = row["step"]
-                show(sum(done.values()), f"{name:<32} {_said(row)}")
-            elif row["kind"] == "heldout" and row["step"] == recipe.steps:
-                console.print(f"{name}: held-out loss {row['loss']:.4f}")
+                show(sum(done.values()), f"{name}  {_said(row)}")
+            elif row["kind"] == "heldout" and (row["step"] == recipe.steps or not console.is_terminal):
+                console.print(f"{name}, step {row['step']}: held-out loss {row['loss']:.4f}")
 
         try:
             whole = convergence.compare(
