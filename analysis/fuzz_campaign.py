@@ -41,6 +41,7 @@ BACKENDS = ("eager", "interpreter", "emulated", "cuda")
 INTERPRETED = ("interpreter", "emulated")
 SECONDS = 1800.0  # for one problem, a compilation and making it small included
 SHRINKING = 60.0  # of the processor, for making an example small
+SHRINKING_ALL = 180.0  # the same, for all examples of a process: a defect of many problems is small enough in a few
 TRIES = 300  # calls that making an example small may take
 FEATURES = 160  # sets of features of a campaign on a GPU
 KIN = 64  # shapes that are tried for one of a kind
@@ -125,11 +126,23 @@ def _row(index: int, seed: int, impls: Sequence[str], backend: str) -> Row:
     row = {"index": index, "seed": seed, "backend": backend, "knobs": json.loads(knobs.to_json())}
     row |= _judgement(knobs, backend)
     if not holds(row):
-        ends = time.process_time() + SHRINKING
+        began = time.process_time()
+        ends = began + min(SHRINKING, SHRINKING_ALL - _shrinking.spent)
         fails = lambda k: time.process_time() < ends and _runs(k, backend) and not holds(_judgement(k, backend))  # noqa: E731
         small = shrink(knobs, fails, _smaller)
         row["small"] = json.loads(small.to_json())
+        _shrinking.spent += time.process_time() - began
     return row
+
+
+@dataclasses.dataclass
+class _Shrinking:
+    """What this process has spent on making examples small."""
+
+    spent: float = 0.0
+
+
+_shrinking = _Shrinking()
 
 
 # Making an example small.
