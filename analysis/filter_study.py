@@ -49,11 +49,24 @@ from cce_precision.analysis.train_models import Method
 from cce_precision.numerics import Variant
 from cce_precision.variants import get
 
-__all__ = ["AVERAGED", "METHODS", "SUBJECT", "Study", "Subject", "contender", "main", "read", "run", "subjects"]
+__all__ = [
+    "AVERAGED",
+    "METHODS",
+    "ONE_PASS",
+    "SUBJECT",
+    "Study",
+    "Subject",
+    "contender",
+    "main",
+    "read",
+    "run",
+    "subjects",
+]
 
 EXPONENTS = (10, 12, 14, 16)
 SHARES = (4, 8, 16, 32)
-DENSE = ("baseline", "cce_exact", "cce_exact@4096MB", "cce_split")
+ONE_PASS = "cce_exact@4096MB"
+DENSE = ("baseline", "cce_exact", ONE_PASS, "cce_split")
 FILTERS = ("cce", "cce_sparse", "cce_unbiased")
 METHODS = (
     *DENSE,
@@ -290,7 +303,7 @@ class Study:
     def units(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, Callable[[], list[Row]]]]:
         """(what, method or "" for several, how to measure it), in the order of a run."""
         cuda = self.device.type == "cuda"
-        names = [name for name in METHODS if cuda or not name.endswith("MB")]  # a workspace means nothing on a CPU
+        names = [name for name in METHODS if cuda or name != ONE_PASS]  # a workspace means nothing on a CPU
         yield "head", "", self.head
         for name in names:
             yield "step", name, lambda name=name: self.step(name)  # type: ignore[misc]

@@ -21,7 +21,7 @@ NAMES = {
     "init": "synthetic, flat",
 }
 DEFAULTS = ("cce@2^-12", "cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_subsampled@2^-12/8", "cce_exact", "baseline")
-DROP, SAMPLE = "cce_sparse@2^-12", "cce_unbiased@2^-12"
+TILES, DROP, SAMPLE = "cce@2^-12", "cce_sparse@2^-12", "cce_unbiased@2^-12"
 SAME = 0.02  # errors of estimators that differ by less are alike: so far do their draws scatter
 CLOSE = 5e-3  # the tolerance of a sentence
 FULL = 0.95  # a tile filter that keeps such a share of the entries drops nothing worth the name
@@ -121,6 +121,12 @@ class Group:
             return f"{cost:.2f} G" if short else f"{cost:.2f} products"
         return f"{cost:,.0f} of {self.about['v']:,}" if short else f"{cost:,.0f} of {self.about['v']:,} entries a row"
 
+    def named(self, point: Point) -> str:
+        """A method and its cost; no method where all but a few entries are computed."""
+        if not self.timed and point.cost >= FULL * self.about["v"]:
+            return "dense"
+        return f"{point.method}, {self.said(point.cost, short=True)}"
+
     @property
     def floor(self) -> dict[str, float]:
         return {side: self.head.get(f"floor_{side}", math.nan) for side in SIDES}
@@ -215,17 +221,16 @@ def times(ratio: float, more: str = "more", less: str = "less") -> str:
     return f"{ratio:.1f} times {more}" if ratio > 1 else f"{1 / ratio:.1f} times {less}"
 
 
-def _of_bias(group: Group) -> str:
+def _of_bias(group: Group, name: str) -> str:
     drop, sample = group.steps[DROP], group.steps[SAMPLE]
     said = (
-        f"{group.title}: entries below 2^-12, dropped one by one, leave an error of {number(drop['dE'])} in dE and "
+        f"{name}: entries below 2^-12, dropped one by one, leave an error of {number(drop['dE'])} in dE and "
         f"{number(drop['dC'])} in dC; sampled without bias {number(sample['dE'])} and {number(sample['dC'])}, "
         f"{times(sample['dE'] / drop['dE'])} and {times(sample['dC'] / drop['dC'])}, from {sample['entries']:,.0f} "
         f"instead of {drop['entries']:,.0f} of {group.about['v']:,} entries a row"
     )
-    larger = [
-        row for m, row in group.steps.items() if family(m) == family(DROP) and row["entries"] >= sample["entries"]
-    ]
+    drops = [row for m, row in group.steps.items() if family(m) == family(DROP)]
+    larger = [row for row in drops if sample["entries"] <= row["entries"] < FULL * group.about["v"]]
     if larger:
         fair = min(larger, key=lambda row: row["entries"])
         said += (
@@ -238,14 +243,14 @@ def _of_bias(group: Group) -> str:
     return said + "."
 
 
-def _of_tiles(group: Group) -> str | None:
-    tile = group.steps.get("cce@2^-12")
-    if tile is None or tile["entries"] < FULL * group.about["v"]:
+def _of_tiles(groups: Sequence[Group]) -> str | None:
+    kept = [(g, g.steps[TILES]["entries"] / g.about["v"]) for g in groups if TILES in g.steps]
+    whole = [f"{g.short} ({share:.0%} of the entries are kept)" for g, share in kept if share >= FULL]
+    if not whole:
         return None
     return (
-        f"Tiles below 2^-12 are rare in the {group.short}: cce keeps {tile['entries'] / group.about['v']:.0%} of the "
-        f"entries, so its error ({number(tile['dE'])}, {number(tile['dC'])}) is hardly that of its filter; it sums in "
-        f"{group.dtype}."
+        f"Hardly a tile lies below 2^-12 in {'; '.join(whole)}: there the error of cce is hardly that of its filter, "
+        "but of its sums in the input dtype."
     )
 
 
@@ -262,8 +267,8 @@ def _of_averages(groups: Sequence[Group]) -> str | None:
     ]
     stays = " and ".join(number(group.steps[DROP][side]) for side in SIDES)
     return (
-        f"Averaged over {row['draws'][-1]} draws ({group.title}), the error of {SAMPLE} falls {' and '.join(falls)}; "
-        f"pure noise has slope -0.5. What {DROP} leaves, {stays}, is the same for every draw."
+        f"Averaged over {row['draws'][-1]} draws ({group.short}, {group.dtype}), the error of {SAMPLE} falls "
+        f"{' and '.join(falls)}; pure noise has slope -0.5. What {DROP} leaves, {stays}, is the same for every draw."
     )
 
 
@@ -282,7 +287,7 @@ def _of_fronts(groups: Sequence[Group]) -> list[str]:
     said = []
     for timed in (True, False):
         best = [(g, cheapest(g, CLOSE)) for g in groups if g.timed == timed and g.dtype != "fp32"]
-        found = [f"{g.short} {p.method} ({g.said(p.cost, short=True)})" for g, p in best if p is not None]
+        found = [f"{g.short}: {g.named(p)}" for g, p in best if p is not None]
         if found:
             word = "Fastest" if timed else "Fewest entries (not times)"
             said.append(f"{word} with both gradients within {number(CLOSE)}: {'; '.join(found)}.")
@@ -326,10 +331,10 @@ def sentences(groups: Sequence[Group], tried: Sequence[Tried]) -> list[str]:
     """The answer in words, from the rows alone."""
     half = [g for g in groups if g.dtype != "fp32" and {DROP, SAMPLE} <= set(g.steps)]
     first = [g for g in half if g.timed] or half
-    said: list[str | None] = [_of_bias(g) for g in first]
-    said += [_of_tiles(g) for g in first]
+    said: list[str | None] = [_of_bias(g, g.short if i else g.title) for i, g in enumerate(first)]
+    said += [_of_tiles(first)]
     said += [_of_averages(groups)]
     said += [_of_rows(g) for g in first[:1]]
     said += _of_fronts(groups)
-    said += _of_estimators(tried)
+    said += [*_of_estimators(tried), *_of_the_mean_tail(tried)]
     return [s[0].upper() + s[1:] for s in said if s]

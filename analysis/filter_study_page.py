@@ -21,7 +21,7 @@ from cce_precision.analysis.convergence import read as read_runs
 from cce_precision.analysis.convergence_page import OTHERS, number
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import FLOOR, MARKS, Figure, Level, Mark, Panel, Series, mark
-from cce_precision.analysis.filter_study import AVERAGED, read
+from cce_precision.analysis.filter_study import AVERAGED, ONE_PASS, read
 from cce_precision.analysis.filter_study_answers import (
     DEFAULTS,
     SIDES,
@@ -47,10 +47,11 @@ TICKS = tuple((float(2**k), str(2**k)) for k in range(7))
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _marks(names: Sequence[str]) -> None:
-    """Gives names without a mark of their own one that no other has."""
-    for name, look in zip((n for n in names if n not in MARKS), OTHERS):
-        MARKS[name] = look
+def _marks() -> None:
+    """Gives the curves of averages and the one-pass method marks; what draws nothing keeps its variant's."""
+    MARKS.update({label(method): mark(family(method)) for method in STAYING})
+    MARKS.update(zip(map(label, AVERAGED), OTHERS))
+    MARKS[ONE_PASS] = Mark("#56b4e9", "square-open", "s")
 
 
 def cost_figure(group: Group) -> Figure:
@@ -197,11 +198,7 @@ def within_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return [
         {
             "within": number(limit),
-            "cells": [
-                "-" if p is None else f"{p.method}, {group.said(p.cost, short=True)}"
-                for group in groups
-                for p in (cheapest(group, limit),)
-            ],
+            "cells": ["-" if p is None else group.named(p) for group in groups for p in (cheapest(group, limit),)],
         }
         for limit in WITHIN
     ]
@@ -271,8 +268,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
     rows = read(out)
     if not (groups := groups_of(rows)):
         raise ValueError(f"{out / 'rows.jsonl'} holds no row; measure first")
-    _marks([label(m) for m in (*STAYING, *AVERAGED)])
-    MARKS.setdefault("cce_exact@4096MB", Mark("#56b4e9", "square-open", "s"))
+    _marks()
     tried = tried_of(rows)
     half = [g for g in groups if g.dtype != "fp32"]
     folder = out / "figures"

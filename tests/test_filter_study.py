@@ -240,7 +240,7 @@ def test_what_the_page_says_follows_from_the_rows() -> None:
     assert group.failures == ["cce@2^-10: no time, failed, dC is off"]
     said = "\n".join(sentences([group], tried_of(rows_of_a_study())))
     assert "10.0 times less" in said and "1.50 instead of 1.00 times the logits product" in said
-    assert "Fastest with both gradients within 0.005: real head, trained cce_unbiased@2^-12 (1.50 G)" in said
+    assert "Fastest with both gradients within 0.005: real head, trained: cce_unbiased@2^-12, 1.50 G" in said
     assert (
         "better somewhere: one draw a row (dE 0.50 to 0.50" in said and "no better anywhere: by entry and norms" in said
     )
