@@ -46,21 +46,26 @@ def _liger(model: nn.Module, **kernels: bool) -> None:
             setattr(model.config, name, value)
 
 
-def _liger_and_patch(model: nn.Module) -> None:
+def _liger_and_patch(model: nn.Module, **options: Any) -> None:
     _liger(model, rms_norm=True, swiglu=True)
-    cce_patch(model)
+    cce_patch(model, **options)
 
 
 METHODS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "unpatched": ("transformers as it is", lambda model: None),
     "cce_exact": ("`cce_patch(model)`", cce_patch),
     "cce_exact@2200MB": ("`cce_patch(model, workspace_mb=2200)`", lambda model: cce_patch(model, workspace_mb=2200)),
+    "cce_exact@64MB": ("`cce_patch(model, workspace_mb=64)`", lambda model: cce_patch(model, workspace_mb=64)),
     "liger-loss": ("Liger's fused loss alone", lambda model: _liger(model, fused_linear_cross_entropy=True)),
     "liger": (
         "Liger's loss, RMSNorm and SwiGLU",
         lambda model: _liger(model, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True),
     ),
     "liger+cce_exact": ("Liger's RMSNorm and SwiGLU, then `cce_patch(model)`", _liger_and_patch),
+    "liger+cce_exact@64MB": (
+        "Liger's RMSNorm and SwiGLU, then `cce_patch(model, workspace_mb=64)`",
+        lambda model: _liger_and_patch(model, workspace_mb=64),
+    ),
 }
 
 

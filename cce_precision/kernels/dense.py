@@ -130,12 +130,11 @@ class EmbeddingSums:
         total = torch.zeros((problem.n, problem.d), dtype=problem.e.dtype, device=problem.e.device)
         return EmbeddingSums(total, torch.zeros_like(total) if accum is Accumulation.KAHAN else None, accum)
 
-    def result(self, problem: Problem, terms: RowTerms, partial: bool) -> Tensor:
-        dtype = torch.float32 if partial else problem.e.dtype
+    def result(self, terms: RowTerms, place: Tensor | None) -> Tensor:
+        """dE in the dtype and the memory of `place`; None: in fp32."""
         if self.accum is not Accumulation.FP32:
-            return self.total.to(dtype)
-        out = torch.empty(self.total.shape, dtype=dtype, device=self.total.device)
-        return torch.mul(self.total, terms.scale, out=out)
+            return self.total.float() if place is None else self.total
+        return torch.mul(self.total, terms.scale, out=torch.empty_like(self.total) if place is None else place)
 
 
 def no_tokens(
@@ -272,4 +271,5 @@ def walk_runs(
             total_sigma = terms.sigma.sum()
             d_bias -= total_sigma if problem.column_weight is None else problem.column_weight * total_sigma
         out_bias = torch.mul(d_bias, terms.scale).to(problem.bias.dtype)
-    return None if sums_e is None else sums_e.result(problem, terms, plan.partial_e), d_c, out_bias
+    place = None if plan.partial_e else e  # read for the last time
+    return None if sums_e is None else sums_e.result(terms, place), d_c, out_bias
