@@ -125,7 +125,7 @@ class Call:
         if self.objective.class_weight is None:
             return Computed.exact(float(len(self.valid)), like=self.c)
         weights = Computed.exact(self._token_weight())
-        return weights.sum(0, self.p, self.machine.sum_depth(self.problem.n))
+        return weights.sum(0, self.p, self.machine.total_depth(self.problem.n))
 
     def _token_weight(self) -> Tensor:
         """(M,) class weight of each token's target."""
@@ -176,7 +176,7 @@ class Call:
         p = self.p
         if self.objective.reduction == "none":
             return losses
-        total = losses.sum(0, p, self.machine.sum_depth(self.problem.n))
+        total = losses.sum(0, p, self.machine.total_depth(self.problem.n))
         if self.objective.reduction == "sum":
             return total
         mean = total.over(self.denominator()).rounded(p)
@@ -204,7 +204,7 @@ class Call:
         share = self._smooth_coefficient()
         if share is not None:
             smooth = times(share)
-        total = Computed.exact(self.weight).sum(0, p, self.machine.sum_depth(self.problem.v))
+        total = Computed.exact(self.weight).sum(0, p, self.machine.total_depth(self.problem.v))
         if self.objective.class_weight is None and self.problem.column_weight is None:
             total = Computed.exact(float(self.problem.v), like=self.c)
         return Factors.of(times(self._nll_coefficient()), lse, entropy, smooth, total, p)

@@ -219,6 +219,22 @@ class Machine:
         blocks = steps * step / (1 - steps * step) * absolute + torch.where(absolute > 0, least, 0.0)
         return torch.maximum(error, blocks)
 
+    def total_depth(self, n: int) -> int:
+        """Most additions that round what a term ends up in, in torch.sum of n numbers to one.
+
+        On a GPU (ATen/native/cuda/Reduce.cuh): below 128 numbers as many threads as the next lower power of two, so two
+        numbers a thread at most, and then from thread to thread in pairs. From 128 on up to 512 threads, each with 4
+        or 8 accumulators for a vector of 4 or 8 numbers at a time, one number before and one after them, which are
+        then added; many numbers go to several blocks, whose sums are added the same way. Adding to 0 does not round.
+        """
+        if self.kernels is None:
+            return self.sum_depth(n)
+        if not self.block:  # kernels in the interpreter, whose sums of rows are torch's on a CPU
+            return dataclasses.replace(self, cascade=True).sum_depth(n)
+        if n < 128:
+            return max(n, 1).bit_length() if n > 2 else max(n - 1, 0)
+        return -(-n // 2048) + 19 + 16 * (n > 2**17)
+
     def sum_depth(self, n: int, inner: bool = True) -> int:
         """Most additions that round what a term ends up in, in torch.sum of n along the last (`inner`) or another axis.
 

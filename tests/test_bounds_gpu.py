@@ -26,6 +26,19 @@ def apply(x, one, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + 4 * n + i, v / tl.load(one))
 
 
+def test_sums_to_one_number_are_as_deep_as_the_bounds_assume() -> None:
+    """One number, beside ones of 3/4 its half ulp, in each place: every rounding that it passes through adds a quarter
+    of that, so the error counts them, less what the small ones have added up to before they meet it."""
+    machine = gpu_machine()
+    tiny = 0.75 * 2.0**-24
+    for n in (*range(2, 300), 511, 512, 513, 1000, 2048, 5000):
+        x = torch.full((n, n), tiny, device="cuda").fill_diagonal_(1.0)
+        exact = 1 + (n - 1) * tiny
+        for row in x[:: max(1, n // 16)]:
+            error = abs(float(row.contiguous().sum().double()) - exact)
+            assert error <= machine.total_depth(n) * 2.0**-24 * (1 + 2.0**-10) * exact, n
+
+
 @pytest.mark.parametrize("sign", [0, 1])
 def test_functions_err_no_more_than_the_bounds_assume(sign: int) -> None:
     """Over every fp32 number with a normal argument and result; division by 1 is exact."""
