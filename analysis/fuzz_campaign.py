@@ -240,6 +240,9 @@ def campaign(
         raise ValueError("a campaign needs a number of problems, or minutes")
     if backend != "eager":
         impls = tuple(name for name in impls if ALL[name].path is CodePath.TILED)
+    some = (
+        () if set(impls) >= {name for name in ALL if backend == "eager" or ALL[name].path is CodePath.TILED} else impls
+    )
     if not impls:
         raise ValueError(f"none of the variants has a kernel, so backend {backend!r} runs none")
     out.mkdir(parents=True, exist_ok=True)
@@ -273,7 +276,7 @@ def campaign(
                 if found["knobs"]:
                     _store(found, out / "failures")
             bar.update(task, advance=1, description=f"problems, {failures} failures")
-    result = summary([rows[i] for i in sorted(rows) if problems is None or i < problems], seed, backend)
+    result = summary([rows[i] for i in sorted(rows) if problems is None or i < problems], seed, backend, some)
     (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "index.md").write_text(page(result))
     return result

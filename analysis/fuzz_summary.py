@@ -39,8 +39,10 @@ def _statistics(rows: Iterable[dict[str, Any]], name: str) -> dict[str, Any]:
     }
 
 
-def summary(rows: Sequence[dict[str, Any]], seed: int, backend: str = "eager") -> dict[str, Any]:
-    """What a campaign on a backend found, with where it comes from."""
+def summary(
+    rows: Sequence[dict[str, Any]], seed: int, backend: str = "eager", impls: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a campaign on a backend found, with where it comes from. `impls`: the only ones that it drew; none: all."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {"variant": defaultdict(list), "dtype": defaultdict(list)}
     for row in rows:
         knobs = {"impl": Knobs.impl, "e_dtype": Knobs.e_dtype, "c_dtype": Knobs.c_dtype} | row["knobs"]
@@ -50,6 +52,7 @@ def summary(rows: Sequence[dict[str, Any]], seed: int, backend: str = "eager") -
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     last = max((row["index"] for row in rows), default=-1)
     place = "" if backend == "eager" else f" --backend {backend}"
+    place += f" --variants {','.join(impls)}" if impls else ""
     return {
         "command": f"cce-precision fuzz --problems {last + 1} --seed {seed}{place}",
         "commit": commit.strip() or None,
