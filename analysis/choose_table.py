@@ -79,8 +79,10 @@ def _of_bench(folder: Path) -> Iterable[Row]:
         if row["kind"] != "loss-fw-bw" or row["family"] != "ours" or row["status"] != "ok" or not row["rounds"]:
             continue
         name, _, workspace = row["method"].partition("@")
-        match = re.match(r"\d+", workspace)
-        one_pass = match is not None and _is_one_pass(name, int(match[0]), row)
+        match = re.fullmatch(r"(\d+)MB", workspace)
+        if workspace and match is None:  # a variant with other settings than its record's
+            continue
+        one_pass = match is not None and _is_one_pass(name, int(match[1]), row)
         kind = "diffuse" if row["case"].endswith(".safetensors") else KINDS.get(row["case"])
         if kind is None or (match is not None and not one_pass):
             continue
