@@ -57,7 +57,11 @@ class Arithmetic:
         self.log2e, self.ln2 = _off(LOG2E, p.dtype), _off(LN2, p.dtype)
         self.scale = _off(LOG2E / temperature, p.dtype)
         self.inverse = 0.0 if temperature == 1.0 else _off(temperature, p.dtype) + kernels.divide * ulp
-        self.over = self.inverse  # a division by the temperature
+        self.least = 0.0 if temperature == 1.0 else p.tiny  # of a subnormal quotient
+
+    def over(self, x: Tensor) -> Tensor:
+        """A division of x, of the magnitude of its quotient, by the temperature."""
+        return self.inverse * x.abs() + self.least
 
     def half(self, x: Tensor) -> Tensor:
         """Rounding of a number of natural magnitude x."""
@@ -217,10 +221,10 @@ def _losses(x: Exact, a: Arithmetic, tiles: int, depth: int) -> tuple[Computed, 
     nll = certain(Computed(x.nll, off + torch.where(gap + moved_gap > 0, a.half(x.nll + off), 0.0)))
 
     others, own = grown(x.complement * x.growth, off_gap), grown((1 - x.complement) * x.growth, off_gap)
-    by_rest = others * shared + own * private + a.scale * mean + a.over * top.abs()
+    by_rest = others * shared + own * private + a.scale * mean + a.over(top)
     by_rest = by_rest + a.half2(log_s) + a.ln2 * log_s + (0.0 if a.kernels.fused else a.half(log_s))
     by_rest = by_rest + a.half(rest.abs() + moved + shared + by_rest)
-    by_target = others * off_gap + a.over * torch.where(target, x.z_t.abs(), 0.0)
+    by_target = others * off_gap + a.over(torch.where(target, x.z_t, 0.0))
     either = torch.where(gap < -moved_gap, by_target, torch.maximum(by_rest, by_target))
     arithmetic = torch.where(gap > moved_gap, by_rest, either) + functions
     shifted = Exact.moved(x.p, x.delta)
@@ -262,9 +266,9 @@ def _smooth(x: Exact, a: Arithmetic, weight: Tensor, lse_arithmetic: Tensor, til
     spread = (weight.abs() * (spread + 2 * delta[:, None])).sum(1)
     distance = (x.lse - (high if tiles == 1 else low)).abs() + lse_arithmetic + 2 * delta
     steps = min(v, a.kernels.widest) + tiles + 12  # in a tile, from tile to tile; the difference, its product; splits
-    error = x.smooth_moved(weight) + (a.u * steps + a.over) * spread
+    error = x.smooth_moved(weight) + (a.u * steps + a.inverse) * spread
     if capped:  # the product with the softcap may be rounded in the target's logit and not here, where it is added to
         error = error + (weight.abs() * a.half(finite)).sum(1)
-    lost = lse_arithmetic + a.over * offset.abs() + a.u * (12 if ones else 12 + v) * distance
+    lost = lse_arithmetic + a.over(offset) + a.u * (12 if ones else 12 + v) * distance
     error = error + weight.abs().sum() * lost
     return Computed(value, torch.where(value.isfinite(), error + a.u * (value.abs() + error), 0.0))

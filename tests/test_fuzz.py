@@ -167,6 +167,12 @@ FOUND_IN_KERNELS = {
         use_entropy=True,
     ),
     "probabilities below the normal range": Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0),
+    "one class far below 0: the entropy's reference": Knobs(
+        seed=188194520, n=18, v=1, d=9, impl="cce_no_filter", scale=20.0, temperature=0.5, use_entropy=True
+    ),
+    "a subnormal logit over the temperature": Knobs(
+        seed=2062810337, n=1, v=1, d=2, impl="cce_split", pattern="subnormal", temperature=3.0
+    ),
 }
 
 

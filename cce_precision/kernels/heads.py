@@ -220,9 +220,10 @@ def combine_kernel(
     tl.store(nll + rows, tl.where(counts, out_nll, 0.0), mask=inside)
     tl.store(lse + rows, tl.where(counts, out_lse, 0.0), mask=inside)
     if ENTROPY:
-        up = tl.maximum(y_t, 0.0)  # the larger of both references, relative to m
+        alone = m == float("-inf")  # no other column has a probability
+        up = tl.where(alone, y_t, tl.maximum(y_t, 0.0))  # the larger of both references, relative to m
         p_t = tl.exp2(y_t - up)
-        decay = tl.exp2(-up)
+        decay = tl.where(alone, 0.0, tl.exp2(-up))
         total = decay * s + p_t
         below = decay * (a + s * up) + p_t * tl.where(p_t > 0, up - y_t, 0.0)
         tl.store(entropy + rows, tl.where(counts, (tl.log2(total) + below / total) * LN2, 0.0), mask=inside)
