@@ -166,7 +166,11 @@ def sparse_way(call: Call) -> Iterator[list[Tensor]]:
         return
     from cce_precision.kernels import filtered
 
-    entries_of = filtered.entries_of
+    entries_of, capacities = filtered.entries_of, filtered.capacities
+
+    def short(n: int, blocks: int, size: int) -> tuple[int, int]:
+        """Room for one hit, unless that is all that there can be."""
+        return (1, 1) if n * blocks > 1 else capacities(n, blocks, size)
 
     def watched(*arguments: Any) -> Any:
         entries = entries_of(*arguments)
@@ -176,7 +180,7 @@ def sparse_way(call: Call) -> Iterator[list[Tensor]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(filtered, "entries_of", watched))
         if call.knobs.crowded:
-            stack.enter_context(mock.patch.object(filtered, "capacities", lambda n, blocks, size: (1, 1)))
+            stack.enter_context(mock.patch.object(filtered, "capacities", short))
         yield taken
 
 

@@ -200,9 +200,10 @@ def test_a_crowded_pass_is_judged_by_the_way_it_took(impl: str, eps: float) -> N
     allowed = bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER)
     whole = judge_outputs(call, computed, truth(call.problem, call.objective), allowed)
     assert whole.holds == (eps == 2.0**-4), str(whole)
-    with sparse_way(build(dataclasses.replace(k, crowded=False), "triton")) as taken:
-        verdict = judge(dataclasses.replace(k, crowded=False), backend="triton")
-    assert verdict.holds and [int(x) for x in taken] == [0]
+    for roomy in (dataclasses.replace(k, crowded=False), dataclasses.replace(k, n=1, v=16)):
+        with sparse_way(build(roomy, "triton")) as taken:
+            verdict = judge(roomy, backend="triton")
+        assert verdict.holds and [int(x) for x in taken] == [0]
 
 
 @pytest.mark.interpreter
