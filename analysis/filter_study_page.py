@@ -21,6 +21,7 @@ from cce_precision.analysis.convergence import read as read_runs
 from cce_precision.analysis.convergence_page import OTHERS, number
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import FLOOR, MARKS, Figure, Level, Mark, Panel, Series, mark
+from cce_precision.analysis.filter_estimators import ESTIMATORS
 from cce_precision.analysis.filter_study import AVERAGED, ONE_PASS, read
 from cce_precision.analysis.filter_study_answers import (
     DEFAULTS,
@@ -35,11 +36,13 @@ from cce_precision.analysis.filter_study_answers import (
     tried_of,
 )
 from cce_precision.analysis.report import data_uri, raised
+from cce_precision.analysis.train_models import Method
 
 __all__ = ["build", "markdown", "update_readme"]
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WITHIN = (1e-1, 3e-2, 1e-2, 5e-3, 2.5e-3, 1.8e-3)
+WORDS = {"entries": "sampling by entry", "subsets": "stratified subsets"}  # what the unbiased variants do
 STAYING = ("cce@2^-12", "cce_sparse@2^-12", "cce_exact")  # the same for every seed
 TICKS = tuple((float(2**k), str(2**k)) for k in range(7))
 
@@ -113,19 +116,16 @@ def rows_figure(group: Group) -> Figure:
     """Errors of the rows of dC by how often their token is a target, and how many of them are empty."""
     chosen = {m: group.steps[m]["strata"] for m in DEFAULTS if m in group.steps}
     names = list(next(iter(chosen.values())))
-    label = {name: f"{name} times" for name in names}
 
-    def panel(title: str, key: str, x: str, log: bool) -> Panel:
-        series = [
-            Series(
-                family(m),
-                tuple(strata[name][key] for name in names if strata[name][key] > 0 or not log),
-                tuple(label[name] for name in names if strata[name][key] > 0 or not log),
-                tuple(f"{m}, {strata[name]['rows']:,} rows: {strata[name][key]:.3g}" for name in names),
-            )
-            for m, strata in chosen.items()
-        ]
-        return Panel(title, x, "", tuple(series), log_x=log, log_y=False, categories=tuple(label.values()))
+    def panel(title: str, key: str, y: str, log: bool) -> Panel:
+        series = []
+        for m, strata in chosen.items():
+            points = [(float(i), strata[n][key], strata[n]["rows"]) for i, n in enumerate(names)]
+            seen = [point for point in points if point[1] > 0 or not log]
+            notes = tuple(f"{m}, {rows:,} rows: {value:.3g}" for _, value, rows in seen)
+            series.append(Series(family(m), tuple(p[0] for p in seen), tuple(p[1] for p in seen), notes))
+        ticks = tuple((float(i), name) for i, name in enumerate(names))
+        return Panel(title, "times a target in the batch", y, tuple(series), log_x=False, log_y=log, ticks=ticks)
 
     caption = (
         "Rows of dC by how often their token is a target in the batch; filters at 2^-12, subsets of 1/8. Empty rows "
@@ -138,33 +138,32 @@ def rows_figure(group: Group) -> Figure:
     return Figure(f"rows-{group.slug}", group.title, caption, panels)
 
 
-def estimator_figure(tried: Sequence[Tried], share: int) -> Figure:
-    """Errors of estimators over that of the variant of their group, by stage."""
-    names = tuple(dict.fromkeys(t.name for t in tried))
+def estimator_figure(tried: Sequence[Tried]) -> Figure:
+    """Errors of the estimators of one group over that of what the variant does, by stage, at the first share."""
+    some = [t for t in tried if t.share == tried[0].share and t.errors != t.own]
+    stages = list(dict.fromkeys(t.stage for t in reversed(some)))
+    names = list(dict.fromkeys(t.name for t in some))
+    MARKS.update(zip(names, OTHERS))
 
     def panel(side: str) -> Panel:
-        stages: dict[str, list[Tried]] = {}
-        for t in tried:
-            if t.share == share:
-                stages.setdefault(t.stage, []).append(t)
-        series = [
-            Series(
-                stage,
-                tuple(t.ratio(side) for t in some),
-                tuple(t.name for t in some),
-                tuple(f"{t.name}: {t.errors[side]:.2e}, {t.ratio(side):.2f} times" for t in some),
-            )
-            for stage, some in stages.items()
-        ]
+        series = []
+        for name in names:
+            own = {t.stage: t for t in some if t.name == name}
+            notes = tuple(f"{name}, {s}: {own[s].errors[side]:.2e}, {own[s].ratio(side):.2f} times" for s in own)
+            places = tuple(float(stages.index(s)) for s in own)
+            series.append(Series(name, places, tuple(t.ratio(side) for t in own.values()), notes))
+        ticks = tuple((float(i), stage) for i, stage in enumerate(stages))
         return Panel(
-            f"error of {side}", "times the variant's own", "", tuple(series), log_x=True, log_y=False, categories=names
-        )
+            f"error of {side}", "stage of training", "times the variant's own", tuple(series), log_x=False, ticks=ticks,
+            guides=((1.0, WORDS[tried[0].group]),),
+        )  # fmt: skip
 
     caption = (
-        "Error over that of what the variants do (by entry, or subsets) at as many entries a row, those of subsets of "
-        f"1/{share}; left of 1 is better. Shipped head, fp64, nothing rounded."
+        f"Error over that of {WORDS[tried[0].group]}, all at as many entries a row as subsets of 1/{tried[0].share} "
+        "compute; below 1 is better. Shipped head, fp64, nothing rounded."
     )
-    return Figure(f"estimators-{share}", f"Estimators, subsets of 1/{share}", caption, tuple(map(panel, SIDES)))
+    title = {"entries": "Estimators from single entries", "subsets": "Estimators from subsets"}[tried[0].group]
+    return Figure(f"estimators-{tried[0].group}", title, caption, tuple(map(panel, SIDES)))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -235,7 +234,12 @@ def estimator_rows(tried: Sequence[Tried]) -> list[dict[str, Any]]:
         one = next(iter(own.values()))
         cells = [" / ".join(number(own[c].errors[s]) for s in SIDES) if c in own else "-" for c in columns]
         lines.append(
-            {"name": name, "about": one.about, "of": one.of_variant, "biased": "" if one.unbiased else "biased"}
+            {
+                "name": name,
+                "about": ESTIMATORS[name].what,
+                "of": one.of_variant,
+                "biased": "" if one.unbiased else "biased",
+            }
             | {"cells": cells}
         )
     return lines
@@ -243,11 +247,24 @@ def estimator_rows(tried: Sequence[Tried]) -> list[dict[str, Any]]:
 
 def training_rows(folder: Path | None) -> list[dict[str, str]]:
     """Final held-out losses of the training runs, differences to their reference; none without a folder."""
-    if folder is None or not (folder / "runs.jsonl").exists():
+    if folder is None:
         return []
     found = training.lines(read_runs(folder))
     control = training.control_of(found)
     return [training.row(line, control) for line in found]
+
+
+def answer(groups: Sequence[Group], tried: Sequence[Tried], losses: Sequence[dict[str, str]]) -> list[str]:
+    """All sentences: of the rows, and of the training runs what filters and samples."""
+    some = [r for r in losses if (v := Method.parse(r["method"]).variant) and v.filtered]
+    said = sentences(groups, tried)
+    if some:
+        ends = [f"{r['method']} {r['difference']}{' (apart)' if r['apart'] == 'yes' else ''}" for r in some]
+        said.append(
+            f"Training, held-out loss at the end less that of {losses[0]['method']} (nats, mean over seeds and 95 % "
+            f"interval; apart: beyond what equal runs drift): {'; '.join(ends)}."
+        )
+    return said
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -270,6 +287,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
         raise ValueError(f"{out / 'rows.jsonl'} holds no row; measure first")
     _marks()
     tried = tried_of(rows)
+    losses = training_rows(runs)
     half = [g for g in groups if g.dtype != "fp32"]
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +295,9 @@ def build(out: Path, runs: Path | None = None) -> Path:
         "cost": [cost_figure(g) for g in half],
         "average": [average_figure(g) for g in groups if g.averages],
         "rows": [rows_figure(g) for g in half],
-        "estimators": [estimator_figure(tried, s) for s in dict.fromkeys(t.share for t in tried)],
+        "estimators": [
+            estimator_figure([t for t in tried if t.group == group]) for group in dict.fromkeys(t.group for t in tried)
+        ],
     }
     live = {f.name: plotly_figure(f) for figures in parts.values() for f in figures}
     templates = importlib.resources.files("cce_precision.analysis") / "templates"
@@ -290,7 +310,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
         js=source["convergence.js"],
         plotly=get_plotlyjs(),
         live=json.dumps(live, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
-        sentences=sentences(groups, tried),
+        sentences=answer(groups, tried, losses),
         figures={part: [_drawn(f, folder) for f in figures] for part, figures in parts.items()},
         groups=half,
         methods={g.slug: method_rows(g) for g in half},
@@ -299,7 +319,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
         columns=[f"{stage}, 1/{share}" for stage, share in dict.fromkeys((t.stage, t.share) for t in tried)],
         estimators=estimator_rows(tried),
         entries={f"{t.stage}, 1/{t.share}": f"{t.entries:,.0f}" for t in tried},
-        training=training_rows(runs),
+        training=losses,
         runs="" if runs is None else os.path.relpath(runs, out),
         failures=[f"{g.title}: {what}" for g in groups for what in g.failures],
         made=list(dict.fromkeys((r["command"], r["device"], r["versions"], r["commit"]) for r in rows)),
@@ -314,13 +334,15 @@ def markdown(out: Path, runs: Path | None = None) -> str:
     rows = read(out)
     groups, tried = groups_of(rows), tried_of(rows)
     half = [g for g in groups if g.dtype != "fp32"]
-    text = [f"- {s}" for s in sentences(groups, tried)] + [""]
+    losses = training_rows(runs)
+    text = [f"- {s}" for s in answer(groups, tried, losses)] + [""]
     text += [f"![{g.title}](figures/{part}-{g.slug}.svg)\n" for g in half[:1] for part in ("cost", "rows")]
-    text += [f"![{g.title}](figures/average-{g.slug}.svg)\n" for g in groups if g.averages][:1]
+    averaged = sorted((g for g in groups if g.averages), key=lambda g: g.dtype != "fp32")
+    text += [f"![{g.title}](figures/average-{g.slug}.svg)\n" for g in averaged[:1]]
     text += ["The cheapest method with both gradients within a relative error:", ""]
     text += [_line("within", *(g.title for g in half)), "|---" * (1 + len(half)) + "|"]
     text += [_line(row["within"], *row["cells"]) for row in within_rows(half)] + [""]
-    if losses := training_rows(runs):
+    if losses:
         text += [f"Training ([runs]({os.path.relpath(str(runs), out)}/README.md)), held-out loss at the end:", ""]
         text += [_line("loss", "held out", f"less {losses[0]['method']}'s", "apart"), "|---" * 4 + "|"]
         text += [_line(r["method"], r["heldout"], r["difference"], r["apart"]) for r in losses] + [""]
