@@ -290,8 +290,10 @@ def _all() -> Iterator[Estimator]:
     yield Estimator("by entry, mass kept", one, True, "the row's missing mass goes to the mean tail", _with_mass)
     yield Estimator("rest of the mean tail", one, True, "P - s q sampled by its size, s q exact", _residual)
     yield Estimator("by entry and norms", one, True, "kept by P times what it counts for", _by_norms)
-    yield Estimator("subsets", many, True, "one of every `share` neighbours", _stratified, "cce_subsampled")
-    yield Estimator("subsets, not stratified", many, True, "groups of `share` in random order", _anywhere)
+    yield Estimator(
+        "subsets", many, True, "one of so many neighbours in the order of mean logits", _stratified, "cce_subsampled"
+    )
+    yield Estimator("subsets, not stratified", many, True, "groups of so many in random order", _anywhere)
     yield Estimator("subsets, mean tail", many, True, "s q exact, the rest by subsets", _with_mean)
     yield Estimator("subsets by importance", many, True, "chances by what a column or token counts for", _by_importance)
 

@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ from cce_precision.analysis.references import truth
 from cce_precision.analysis.shapes import SHAPES, Shape
 from cce_precision.analysis.train_models import Method
 from cce_precision.numerics import Variant
-from cce_precision.variants import get
 
 __all__ = [
     "AVERAGED",
     "METHODS",
     "ONE_PASS",
+    "ROOM_MB",
     "SUBJECT",
     "Study",
     "Subject",
@@ -68,10 +68,13 @@ SHARES = (4, 8, 16, 32)
 ONE_PASS = "cce_exact@4096MB"
 DENSE = ("baseline", "cce_exact", ONE_PASS, "cce_split")
 FILTERS = ("cce", "cce_sparse", "cce_unbiased")
+ROOM_MB = 1024  # a workspace in which the entries of a real head fit
 METHODS = (
     *DENSE,
     *(f"{name}@2^-{k}" for name in FILTERS for k in EXPONENTS),
     *(f"cce_subsampled@2^-12/{share}" for share in SHARES),
+    *(f"{name}@{ROOM_MB}MB" for name in ("cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_unbiased@2^-14")),
+    *(f"cce_subsampled@2^-12/{share}@{ROOM_MB}MB" for share in (8, 16)),
 )
 AVERAGED = (*(f"cce_unbiased@2^-{k}" for k in (10, 12, 14)), *(f"cce_subsampled@2^-12/{k}" for k in (8, 32)))
 DRAWS = 64
@@ -149,17 +152,15 @@ class Contender:
 
 
 def contender(name: str) -> Contender:
-    """cce_unbiased@2^-12, cce_subsampled@2^-12/8 as `train` names them, or a variant with a workspace, cce_exact@64MB.
+    """A variant as `train` names it (cce_unbiased@2^-12, cce_subsampled@2^-12/8), and its workspace (cce_exact@64MB).
 
-    Raises ValueError for what is neither.
+    Raises ValueError for what is no variant.
     """
-    base, _, size = name.partition("@")
-    if size.endswith("MB"):
-        return Contender(name, get(base), int(size.removesuffix("MB")))
-    variant = Method.parse(name).variant
+    base, _, size = name.rpartition("@") if name.endswith("MB") else (name, "", "")
+    variant = Method.parse(base).variant
     if variant is None:
         raise ValueError(f"{name!r} is no variant")
-    return Contender(name, variant)
+    return Contender(name, variant, int(size.removesuffix("MB")) if size else None)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -268,8 +269,11 @@ class Study:
         return [{k: row[k] for k in kept} for row in wanted]
 
     def average(self, name: str) -> list[Row]:
-        """Draws are added in pairs, the sums in pairs again, so that each power of two has many groups of its own."""
-        one = contender(name)
+        """Draws are added in pairs, the sums in pairs again, so that each power of two has many groups of its own.
+
+        With a large workspace: where entries do not fit, the device takes the exact way, and nothing is drawn.
+        """
+        one = replace(contender(name), workspace_mb=ROOM_MB)
         waiting: dict[int, Gradients] = {}
         found: dict[int, list[dict[str, float]]] = {}
         for seed in range(1, DRAWS + 1):
@@ -284,7 +288,7 @@ class Study:
                     x += y
                 count *= 2
             waiting[count] = total
-        row: Row = {"draws": list(found), "groups": [len(x) for x in found.values()]}
+        row: Row = {"workspace_mb": ROOM_MB, "draws": list(found), "groups": [len(x) for x in found.values()]}
         for side in ("dE", "dC"):
             row[side] = [math.sqrt(sum(x[side] ** 2 for x in group) / len(group)) for group in found.values()]
         return [row]
@@ -295,7 +299,7 @@ class Study:
         for one in ESTIMATORS.values():
             draws = [errors(softmax, one.draw(softmax, torch.Generator().manual_seed(s))) for s in range(ESTIMATES)]
             d_e, d_c = (math.sqrt(sum(x * x for x in side) / len(side)) for side in zip(*draws, strict=True))
-            about = {"method": one.name, "group": one.group, "unbiased": one.unbiased, "about": one.what}
+            about = {"method": one.name, "group": one.group, "unbiased": one.unbiased}
             about |= {"of_variant": one.of_variant, "share": share, "entries": softmax.entries, "draws": ESTIMATES}
             rows.append(about | {"dE": d_e, "dC": d_c})
         return rows
@@ -303,12 +307,12 @@ class Study:
     def units(self, say: Callable[[str], None]) -> Iterator[tuple[str, str, Callable[[], list[Row]]]]:
         """(what, method or "" for several, how to measure it), in the order of a run."""
         cuda = self.device.type == "cuda"
-        names = [name for name in METHODS if cuda or name != ONE_PASS]  # a workspace means nothing on a CPU
+        names = [name for name in METHODS if cuda or not name.endswith("MB")]  # a workspace means nothing on a CPU
         yield "head", "", self.head
         for name in names:
             yield "step", name, lambda name=name: self.step(name)  # type: ignore[misc]
         if cuda:
-            yield "time", "", lambda: self.times(names, say)
+            yield "time", f"{len(names)} methods", lambda: self.times(names, say)
         for name in AVERAGED:
             yield "average", name, lambda name=name: self.average(name)  # type: ignore[misc]
         if self.subject.case == "captured" and self.subject.dtype == "bf16":

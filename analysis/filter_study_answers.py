@@ -9,9 +9,24 @@ from typing import Any, NamedTuple
 
 from cce_precision.analysis.bench_job import PRODUCT
 from cce_precision.analysis.convergence_page import number
-from cce_precision.analysis.filter_study import SUBJECT, Row
+from cce_precision.analysis.filter_study import ROOM_MB, SUBJECT, Row
 
-__all__ = ["DEFAULTS", "SIDES", "Fit", "Group", "Point", "Tried", "cheapest", "family", "fit", "groups_of", "sentences"]
+__all__ = [
+    "DEFAULTS",
+    "SIDES",
+    "Fit",
+    "Group",
+    "Point",
+    "Tried",
+    "cheapest",
+    "crowded",
+    "drawn",
+    "family",
+    "fit",
+    "groups_of",
+    "pair",
+    "sentences",
+]
 
 SIDES = ("dE", "dC")
 NAMES = {
@@ -21,6 +36,7 @@ NAMES = {
     "init": "synthetic, flat",
 }
 DEFAULTS = ("cce@2^-12", "cce_sparse@2^-12", "cce_unbiased@2^-12", "cce_subsampled@2^-12/8", "cce_exact", "baseline")
+SHIPPED = ("captured", "trained")
 TILES, DROP, SAMPLE = "cce@2^-12", "cce_sparse@2^-12", "cce_unbiased@2^-12"
 ORDER = 2.0**-10  # by how much the order of fp32 sums moves an error in bf16
 SAME = 0.02  # errors of estimators that differ by less are alike: so far do their draws scatter
@@ -59,8 +75,9 @@ def fit(draws: Sequence[float], errors: Sequence[float]) -> Fit:
 
 
 def family(method: str) -> str:
-    """The variant that a method is of; one with a workspace is a curve of its own."""
-    return method if method.endswith("MB") else method.partition("@")[0]
+    """The variant that a method is of, with its workspace where it has one of its own."""
+    base, _, size = method.rpartition("@") if method.endswith("MB") else (method, "", "")
+    return base.partition("@")[0] + (f"@{size}" if size else "")
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,6 @@ class Tried:
     stage: str
     share: int
     group: str
-    about: str
     of_variant: str
     unbiased: bool
     entries: float
@@ -207,7 +223,7 @@ def tried_of(rows: Iterable[Row]) -> list[Tried]:
             name=row["method"],
             errors={side: row[side] for side in SIDES},
             own=own[at(row)],
-            **{k: row[k] for k in ("stage", "share", "group", "about", "of_variant", "unbiased", "entries")},
+            **{k: row[k] for k in ("stage", "share", "group", "of_variant", "unbiased", "entries")},
         )
         for row in some
         if at(row) in own
@@ -227,38 +243,66 @@ def crowded(group: Group, method: str) -> bool:
     of their sums.
     """
     exact, step = group.steps.get("cce_exact"), group.steps[method]
-    return exact is not None and all(abs(step[side] / exact[side] - 1) < ORDER for side in SIDES)
+    return group.timed and exact is not None and _alike([step[side] for side in SIDES], [exact[side] for side in SIDES])
 
 
-def _of_bias(group: Group, name: str) -> str:
-    drop, sample = group.steps[DROP], group.steps[SAMPLE]
-    if crowded(group, DROP):
-        costs = {p.method: p.cost for p in group.points}
-        known = group.timed and {DROP, SAMPLE, "cce_exact"} <= set(costs)
-        said = f"{name}: what may lie above 2^-12 does not fit the lists of {DROP}, the device takes the exact way"
-        if known:
-            said += (
-                f", and with the attempt a step costs {costs[DROP]:.2f} times the logits product ({SAMPLE} "
-                f"{costs[SAMPLE]:.2f}, cce_exact {costs['cce_exact']:.2f})"
-            )
-        return said + "."
+def _alike(errors: Sequence[float], exact: Sequence[float]) -> bool:
+    return all(abs(a / b - 1) < ORDER for a, b in zip(errors, exact))
+
+
+def drawn(group: Group) -> dict[str, Row]:
+    """The averages of methods that drew anything: where the entries did not fit, they are those of cce_exact."""
+    exact = group.steps.get("cce_exact")
+    if exact is None:
+        return group.averages
+    first = [exact[side] for side in SIDES]
+    return {m: row for m, row in group.averages.items() if not _alike([row[side][0] for side in SIDES], first)}
+
+
+def pair(group: Group) -> tuple[str, str] | None:
+    """The drop and the sample at 2^-12 whose entries fit, if need be in the larger workspace."""
+    for names in ((DROP, SAMPLE), (f"{DROP}@{ROOM_MB}MB", f"{SAMPLE}@{ROOM_MB}MB")):
+        if set(names) <= set(group.steps) and not any(crowded(group, name) for name in names):
+            return names
+    return None
+
+
+def _of_crowd(group: Group, name: str) -> str | None:
+    if not crowded(group, DROP):
+        return None
+    costs = {p.method: p.cost for p in group.points}
+    said = f"{name}: what may lie above 2^-12 does not fit the lists of {DROP}, the device takes the exact way"
+    if group.timed and {DROP, SAMPLE, "cce_exact"} <= set(costs):
+        said += (
+            f", and with the attempt a step costs {costs[DROP]:.2f} times the logits product ({SAMPLE} "
+            f"{costs[SAMPLE]:.2f}, cce_exact {costs['cce_exact']:.2f})"
+        )
+    return said + "."
+
+
+def _of_bias(group: Group, name: str) -> str | None:
+    names = pair(group)
+    if names is None:
+        return None
+    drop, sample = (group.steps[m] for m in names)
+    room = f", with {ROOM_MB} MB of workspace" if names[0] != DROP else ""
     said = (
-        f"{name}: entries below 2^-12, dropped one by one, leave an error of {number(drop['dE'])} in dE and "
+        f"{name}{room}: entries below 2^-12, dropped one by one, leave an error of {number(drop['dE'])} in dE and "
         f"{number(drop['dC'])} in dC; sampled without bias {number(sample['dE'])} and {number(sample['dC'])}, "
         f"{times(sample['dE'] / drop['dE'])} and {times(sample['dC'] / drop['dC'])}, from {sample['entries']:,.0f} "
         f"instead of {drop['entries']:,.0f} of {group.about['v']:,} entries a row"
     )
-    drops = [row for m, row in group.steps.items() if family(m) == family(DROP)]
+    drops = [row for m, row in group.steps.items() if family(m) == family(names[0]) and not crowded(group, m)]
     larger = [row for row in drops if sample["entries"] <= row["entries"] < FULL * group.about["v"]]
     if larger:
         fair = min(larger, key=lambda row: row["entries"])
         said += (
-            f" (dropping with {fair['entries']:,.0f}, at {fair['method'].partition('@')[2]}, leaves "
+            f" (dropping with {fair['entries']:,.0f}, at {fair['method'].split('@')[1]}, leaves "
             f"{number(fair['dE'])} and {number(fair['dC'])})"
         )
-    points = {p.method: p for p in group.points}
-    if group.timed and DROP in points and SAMPLE in points:
-        said += f", in {points[SAMPLE].cost:.2f} instead of {points[DROP].cost:.2f} times the logits product"
+    costs = {p.method: p.cost for p in group.points}
+    if group.timed and set(names) <= set(costs):
+        said += f", in {costs[names[1]]:.2f} instead of {costs[names[0]]:.2f} times the logits product"
     return said + "."
 
 
@@ -274,7 +318,7 @@ def _of_tiles(groups: Sequence[Group]) -> str | None:
 
 
 def _of_averages(groups: Sequence[Group]) -> str | None:
-    some = [g for g in groups if SAMPLE in g.averages and DROP in g.steps]
+    some = [g for g in groups if SAMPLE in drawn(g) and DROP in g.steps]
     if not some:
         return None
     exact = [g for g in some if g.dtype == "fp32"] or some
@@ -291,21 +335,19 @@ def _of_averages(groups: Sequence[Group]) -> str | None:
     )
 
 
-def _of_rows(group: Group) -> str | None:
-    drop, sample = (group.steps[m]["strata"].get("0") for m in (DROP, SAMPLE))
-    if not drop or not sample or crowded(group, DROP):
-        return None
-    return (
-        f"Words that are no target in the batch ({drop['rows']:,} rows of dC, {group.short}): dropping leaves "
-        f"{drop['empty']:.0%} of their rows empty and an error of {number(drop['error'])}, sampling "
-        f"{sample['empty']:.0%} and {number(sample['error'])}."
-    )
-
-
-def _loses_rows(group: Group) -> bool:
-    """Whether sampling leaves more of an error than dropping in the rows of words that are no target."""
-    drop, sample = (group.steps[m]["strata"].get("0", {"error": 0.0}) for m in (DROP, SAMPLE))
-    return bool(sample["error"] > drop["error"])
+def _of_rows(groups: Sequence[Group]) -> list[str]:
+    """Of words that are no target: the first subject, and those where sampling leaves a larger error than dropping."""
+    said: list[str] = []
+    for group in groups:
+        names = pair(group)
+        drop, sample = (group.steps[m]["strata"].get("0") for m in names) if names else (None, None)
+        if drop and sample and (not said or sample["error"] > drop["error"]):
+            said.append(
+                f"Words that are no target in the batch ({drop['rows']:,} rows of dC, {group.short}): dropping leaves "
+                f"{drop['empty']:.0%} of their rows empty and an error of {number(drop['error'])}, sampling "
+                f"{sample['empty']:.0%} and {number(sample['error'])}."
+            )
+    return said
 
 
 def _of_fronts(groups: Sequence[Group]) -> list[str]:
@@ -369,11 +411,12 @@ def _of_the_mean_tail(tried: Sequence[Tried]) -> list[str]:
 def sentences(groups: Sequence[Group], tried: Sequence[Tried]) -> list[str]:
     """The answer in words, from the rows alone."""
     half = [g for g in groups if g.dtype != "fp32" and {DROP, SAMPLE} <= set(g.steps)]
-    first = [g for g in half if g.timed] or half
-    said: list[str | None] = [_of_bias(g, g.short if i else g.title) for i, g in enumerate(first)]
-    said += [_of_tiles(first)]
-    said += [_of_averages(groups)]
-    said += [_of_rows(g) for i, g in enumerate(first) if i == 0 or _loses_rows(g)]
-    said += _of_fronts(groups)
+    timed = [g for g in half if g.timed]
+    first = [g for g in half if g.timed or not timed or (g.about["case"], g.about["stage"]) == SHIPPED]
+    said: list[str | None] = []
+    for i, group in enumerate(first):
+        name = group.title if i == 0 or group.timed != first[i - 1].timed else group.short
+        said += [_of_crowd(group, name), _of_bias(group, name)]
+    said += [_of_tiles(first), _of_averages(groups), *_of_rows(first), *_of_fronts(groups)]
     said += [*_of_subsets(tried), *_of_estimators(tried), *_of_the_mean_tail(tried)]
     return [s[0].upper() + s[1:] for s in said if s]

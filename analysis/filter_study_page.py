@@ -22,13 +22,15 @@ from cce_precision.analysis.convergence_page import OTHERS, number
 from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import FLOOR, MARKS, Figure, Level, Mark, Panel, Series, mark
 from cce_precision.analysis.filter_estimators import ESTIMATORS
-from cce_precision.analysis.filter_study import AVERAGED, ONE_PASS, read
+from cce_precision.analysis.filter_study import AVERAGED, DENSE, METHODS, ONE_PASS, ROOM_MB, read
 from cce_precision.analysis.filter_study_answers import (
     DEFAULTS,
     SIDES,
     Group,
     Tried,
     cheapest,
+    crowded,
+    drawn,
     family,
     fit,
     groups_of,
@@ -42,6 +44,7 @@ __all__ = ["build", "markdown", "update_readme"]
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WITHIN = (1e-1, 3e-2, 1e-2, 5e-3, 2.5e-3, 1.8e-3)
+UNFILTERED = {family(method) for method in DENSE}
 WORDS = {"entries": "sampling by entry", "subsets": "stratified subsets"}  # what the unbiased variants do
 STAYING = ("cce@2^-12", "cce_sparse@2^-12", "cce_exact")  # the same for every seed
 TICKS = tuple((float(2**k), str(2**k)) for k in range(7))
@@ -55,6 +58,9 @@ def _marks() -> None:
     MARKS.update({label(method): mark(family(method)) for method in STAYING})
     MARKS.update(zip(map(label, AVERAGED), OTHERS))
     MARKS[ONE_PASS] = Mark("#56b4e9", "square-open", "s")
+    for method in METHODS:
+        if method.endswith(f"@{ROOM_MB}MB"):
+            MARKS[family(method)] = Mark(mark(method.partition("@")[0]).colour, "cross-open", "P")
 
 
 def cost_figure(group: Group) -> Figure:
@@ -96,7 +102,7 @@ def average_figure(group: Group) -> Figure:
 
     def panel(side: str) -> Panel:
         series = []
-        for name, row in group.averages.items():
+        for name, row in drawn(group).items():
             notes = tuple(f"{k} draws: {x:.2e}" for k, x in zip(row["draws"], row[side]))
             series.append(Series(label(name), tuple(map(float, row["draws"])), tuple(row[side]), notes))
         levels = [Level(label(name), group.steps[name][side]) for name in STAYING if name in group.steps]
@@ -114,7 +120,8 @@ def average_figure(group: Group) -> Figure:
 
 def rows_figure(group: Group) -> Figure:
     """Errors of the rows of dC by how often their token is a target, and how many of them are empty."""
-    chosen = {m: group.steps[m]["strata"] for m in DEFAULTS if m in group.steps}
+    roomy = {m: group.steps.get(f"{m}@{ROOM_MB}MB", group.steps.get(m)) for m in DEFAULTS}
+    chosen = {m: step["strata"] for m, step in roomy.items() if step is not None}
     names = list(next(iter(chosen.values())))
 
     def panel(title: str, key: str, y: str, log: bool) -> Panel:
@@ -185,6 +192,7 @@ def method_rows(group: Group) -> list[dict[str, str]]:
                 "dE": number(p.error("dE")),
                 "dC": number(p.error("dC")),
                 "front": " and ".join(side for side in SIDES if p.method in fronts[side]),
+                "note": "exact way" if family(p.method) not in UNFILTERED and crowded(group, p.method) else "",
                 "unseen": number(strata["0"]["error"]) if "0" in strata else "",
                 "empty": f"{strata['0']['empty']:.1%}" if "0" in strata else "",
             }
@@ -205,10 +213,10 @@ def within_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def average_rows(group: Group) -> list[dict[str, str]]:
     """Slopes and what stays, a line a method."""
-    lines = []
+    lines, averages = [], drawn(group)
     for name in [*STAYING, *AVERAGED]:
-        if name in group.averages:
-            row = group.averages[name]
+        if name in averages:
+            row = averages[name]
             found = {side: fit(row["draws"], row[side]) for side in SIDES}
             first, last = ({side: row[side][i] for side in SIDES} for i in (0, -1))
         elif name in group.steps and name in STAYING:
@@ -293,7 +301,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "cost": [cost_figure(g) for g in half],
-        "average": [average_figure(g) for g in groups if g.averages],
+        "average": [average_figure(g) for g in groups if drawn(g)],
         "rows": [rows_figure(g) for g in half],
         "estimators": [
             estimator_figure([t for t in tried if t.group == group]) for group in dict.fromkeys(t.group for t in tried)
@@ -315,7 +323,7 @@ def build(out: Path, runs: Path | None = None) -> Path:
         groups=half,
         methods={g.slug: method_rows(g) for g in half},
         within=within_rows(half),
-        averages=[(g.title, average_rows(g)) for g in groups if g.averages],
+        averages=[(g.title, average_rows(g)) for g in groups if drawn(g)],
         columns=[f"{stage}, 1/{share}" for stage, share in dict.fromkeys((t.stage, t.share) for t in tried)],
         estimators=estimator_rows(tried),
         entries={f"{t.stage}, 1/{t.share}": f"{t.entries:,.0f}" for t in tried},
@@ -337,7 +345,7 @@ def markdown(out: Path, runs: Path | None = None) -> str:
     losses = training_rows(runs)
     text = [f"- {s}" for s in answer(groups, tried, losses)] + [""]
     text += [f"![{g.title}](figures/{part}-{g.slug}.svg)\n" for g in half[:1] for part in ("cost", "rows")]
-    averaged = sorted((g for g in groups if g.averages), key=lambda g: g.dtype != "fp32")
+    averaged = sorted((g for g in groups if drawn(g)), key=lambda g: g.dtype != "fp32")
     text += [f"![{g.title}](figures/average-{g.slug}.svg)\n" for g in averaged[:1]]
     text += ["The cheapest method with both gradients within a relative error:", ""]
     text += [_line("within", *(g.title for g in half)), "|---" * (1 + len(half)) + "|"]

@@ -15,8 +15,17 @@ from cce_precision.analysis import filter_study, metrics
 from cce_precision.analysis.bench_job import PRODUCT
 from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.filter_estimators import EPS, ESTIMATORS, Softmax, errors
-from cce_precision.analysis.filter_study import Study, Subject, contender, read, run, subjects
-from cce_precision.analysis.filter_study_answers import cheapest, fit, groups_of, sentences, tried_of
+from cce_precision.analysis.filter_study import ROOM_MB, Study, Subject, contender, read, run, subjects
+from cce_precision.analysis.filter_study_answers import (
+    cheapest,
+    crowded,
+    family,
+    fit,
+    groups_of,
+    pair,
+    sentences,
+    tried_of,
+)
 from cce_precision.analysis.filter_study_page import BEGIN, END, build, update_readme
 from cce_precision.analysis.sampled_statistics import t_quantile
 from cce_precision.analysis.shapes import Shape
@@ -168,7 +177,8 @@ def test_a_run_stops_resumes_and_tries_again_what_failed(tmp_path: Path, monkeyp
 
 def test_names_of_methods_and_folders_of_heads(tmp_path: Path) -> None:
     assert contender("cce_exact@64MB").workspace_mb == 64
-    assert contender("cce_subsampled@2^-12/4").variant.filter_c.share == 4
+    roomy = contender("cce_subsampled@2^-12/4@64MB")
+    assert roomy.variant.filter_c.share == 4 and roomy.workspace_mb == 64
     for wrong in ("fp32", "nothing@2^-3"):
         with pytest.raises(ValueError, match=wrong.partition("@")[0]):
             contender(wrong)
@@ -225,7 +235,7 @@ def rows_of_a_study() -> list[filter_study.Row]:
     for name, error in (("by entry", 2e-3), ("one draw a row", 1e-3), ("by entry and norms", 3e-3)):
         of = "cce_unbiased" if name == "by entry" else ""
         rows.append(
-            made_up("estimator", name, group="entries", unbiased=True, about="", of_variant=of, share=8, entries=5.0)
+            made_up("estimator", name, group="entries", unbiased=True, of_variant=of, share=8, entries=5.0)
             | {"dE": error, "dC": error}
         )
     return rows
@@ -245,6 +255,21 @@ def test_what_the_page_says_follows_from_the_rows() -> None:
         "better somewhere: one draw a row (dE 0.50 to 0.50" in said and "no better anywhere: by entry and norms" in said
     )
     assert "25% of their rows empty" in said
+
+
+def test_where_entries_did_not_fit_the_larger_workspace_speaks() -> None:
+    rows = rows_of_a_study()
+    for row in rows:
+        if row["what"] == "step" and row["method"] in ("cce_sparse@2^-12", "cce_unbiased@2^-12"):
+            row |= {"dE": 2e-3, "dC": 2e-3}
+    [group] = groups_of(rows)
+    assert crowded(group, "cce_sparse@2^-12") and pair(group) is None
+    assert "does not fit the lists" in "\n".join(sentences([group], []))
+    drop, sample = (f"{name}@2^-12@{ROOM_MB}MB" for name in ("cce_sparse", "cce_unbiased"))
+    [group] = groups_of([*rows, *timed(drop, 1.2, 4e-2), *timed(sample, 1.8, 1e-2)])
+    assert pair(group) == (drop, sample)
+    assert f"with {ROOM_MB} MB of workspace" in "\n".join(sentences([group], []))
+    assert family(sample) == f"cce_unbiased@{ROOM_MB}MB"
 
 
 def test_the_page_and_the_readme_are_written(tmp_path: Path) -> None:
