@@ -57,7 +57,7 @@ def _marks() -> None:
     """Gives the curves of averages and the one-pass method marks; what draws nothing keeps its variant's."""
     MARKS.update({label(method): mark(family(method)) for method in STAYING})
     MARKS.update(zip(map(label, AVERAGED), OTHERS))
-    MARKS[ONE_PASS] = Mark("#56b4e9", "square-open", "s")
+    MARKS[ONE_PASS] = Mark("#2b83ba", "square-open", "s")
     for method in METHODS:
         if method.endswith(f"@{ROOM_MB}MB"):
             MARKS[family(method)] = Mark(mark(method.partition("@")[0]).colour, "cross-open", "P")
