@@ -213,7 +213,9 @@ def write(rows: list[Row], out: Path) -> Path:
     plotly."""
     import cce_precision.analysis.bench as bench
     from cce_precision.analysis.drawing import plotly_figure
+    from cce_precision.analysis.figures import give_marks
 
+    give_marks(row["method"] for row in rows if row["kind"] == "loss-fw-bw")
     jobs = _jobs(rows)
     figures = [figure for figure in (*(picture(job) for job in jobs), *_growth(rows)) if figure]
     script = ""

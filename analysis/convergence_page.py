@@ -18,7 +18,7 @@ from typing import Any
 
 from cce_precision.analysis.convergence import CONFIDENCE, Difference, Run, differences, failures, late, read, smoothed
 from cce_precision.analysis.drawing import draw, plotly_figure
-from cce_precision.analysis.figures import MARKS, Figure, Mark, Panel, Series
+from cce_precision.analysis.figures import MARKS, Figure, Panel, Series, give_marks
 from cce_precision.analysis.report import data_uri
 from cce_precision.analysis.train_models import REFERENCES, Method
 
@@ -28,15 +28,6 @@ WINDOWS = 24  # points of a smoothed training curve
 CONTROL = "fp32-perturbed"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Marks of methods beside the variants at their defaults; in the order of a page's methods.
-OTHERS = (
-    Mark("#7a7a22", "triangle-up", "^"),
-    Mark("#882255", "diamond", "D"),
-    Mark("#2f8072", "square", "s"),
-    Mark("#332288", "triangle-down", "v"),
-    Mark("#aa4499", "pentagon", "p"),
-    Mark("#117733", "hexagon", "h"),
-    Mark("#8a4b08", "cross", "P"),
-)
 
 
 @dataclass(frozen=True)
@@ -276,14 +267,6 @@ def pictures(runs: Sequence[Run]) -> list[Figure]:
     return [figure for figure in figures if figure]
 
 
-def _marks(methods: Sequence[str]) -> None:
-    """Gives methods without a mark of their own one that no other method of the page has."""
-    spare = iter(OTHERS * 4)
-    for method in methods:
-        if method not in MARKS:
-            MARKS[method] = next(spare)
-
-
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +315,7 @@ def build(out: Path) -> Path:
     from plotly.offline import get_plotlyjs
 
     runs = read(out)
-    _marks(list(dict.fromkeys(r.method for r in runs)))
+    give_marks([r.method for r in runs])
     found = lines(runs)
     drawn = pictures(runs)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,10 @@ from cce_precision.analysis.sweep import DTYPES, nearest
 from cce_precision.numerics import auto_eps
 from cce_precision.variants import ALL
 
-__all__ = ["Figure", "Level", "Panel", "Series", "View", "at_default", "figures", "mark", "power", "stage_figure"]
+__all__ = [
+    "MARKS", "OTHERS", "Figure", "Level", "Panel", "Series", "View", "at_default", "figures", "give_marks", "mark",
+    "power", "stage_figure",
+]  # fmt: skip
 
 FLOOR = "floor: the exact value rounded"
 
@@ -82,6 +85,27 @@ def text_colour(name: str) -> str:
 def mark(name: str) -> Mark:
     """The mark of a variant or stage; a name not known here gets the same spare colour every time."""
     return MARKS.get(name) or Mark(_SPARE[sum(name.encode()) % len(_SPARE)])
+
+
+OTHERS = (  # for names that have no mark of their own
+    Mark("#7a7a22", "triangle-up", "^"),
+    Mark("#882255", "diamond", "D"),
+    Mark("#2f8072", "square", "s"),
+    Mark("#332288", "triangle-down", "v"),
+    Mark("#aa4499", "pentagon", "p"),
+    Mark("#117733", "hexagon", "h"),
+    Mark("#8a4b08", "cross", "P"),
+)
+
+
+def give_marks(names: Iterable[str]) -> None:
+    """Gives each name without a mark one that none of the others has: the colours of `OTHERS`, then again with the
+    next one's marker, and so on."""
+    missing = [name for name in dict.fromkeys(names) if name not in MARKS]
+    for i, name in enumerate(missing):
+        turn, place = divmod(i, len(OTHERS))
+        other = OTHERS[(place + turn) % len(OTHERS)]
+        MARKS[name] = Mark(OTHERS[place].colour, other.plotly, other.matplotlib)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 
 from cce_precision.analysis import convergence_page as training
 from cce_precision.analysis.convergence import read as read_runs
-from cce_precision.analysis.convergence_page import OTHERS, number
+from cce_precision.analysis.convergence_page import number
 from cce_precision.analysis.drawing import draw, plotly_figure
-from cce_precision.analysis.figures import FLOOR, MARKS, Figure, Level, Mark, Panel, Series, mark
+from cce_precision.analysis.figures import FLOOR, MARKS, OTHERS, Figure, Level, Mark, Panel, Series, mark
 from cce_precision.analysis.filter_estimators import ESTIMATORS
 from cce_precision.analysis.filter_study import AVERAGED, DENSE, METHODS, ONE_PASS, ROOM_MB, read
 from cce_precision.analysis.filter_study_answers import (

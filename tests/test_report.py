@@ -170,6 +170,15 @@ def test_lines_and_names_are_as_dark_as_they_have_to_be() -> None:
         assert figures.contrast(figures.text_colour(name)) >= 4.5 and figures.contrast(figures.mark(name).colour) >= 3
 
 
+def test_names_without_a_mark_get_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "MARKS", dict(figures.MARKS))
+    names = [f"peer {i}" for i in range(3 * len(figures.OTHERS))]
+    figures.give_marks([*names, "cce"])
+    assert len({figures.mark(name) for name in names}) == len(names)
+    assert all(figures.contrast(figures.mark(name).colour) >= 3 for name in names)
+    assert figures.mark("cce") not in {figures.mark(name) for name in names}
+
+
 def test_the_default_threshold_of_each_dtype_is_chosen() -> None:
     chosen = figures.at_default(made_up_table())
     by_dtype = chosen.dropna(subset=["eps"]).groupby("dtype")["eps"].unique()
