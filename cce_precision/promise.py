@@ -15,7 +15,7 @@ from torch import Tensor
 from .numerics import Filter, FilterKind
 from .problem import Problem
 
-__all__ = ["Seen", "filter_error"]
+__all__ = ["Seen", "filter_error", "row_norms"]
 
 _ROWS = 1024
 _CONFIDENCE = math.log(1e6)
@@ -30,6 +30,13 @@ class Seen:
     # 0-dim: sums of x_ij^2 ||c_j||^2 (for dE) and x_ij^2 ||e_i||^2 (for dC) over the drawn entries x_ij of dZ
     energy_e: Tensor
     energy_c: Tensor
+    norms: tuple[Tensor, Tensor]  # see `row_norms`
+
+
+def row_norms(problem: Problem) -> tuple[Tensor, Tensor]:
+    """||e_i|| (N,), 0 where ignored, and ||c_j|| (V,), in the compute dtype."""
+    of_e, of_c = (torch.linalg.vector_norm(x, dim=1, dtype=problem.compute_dtype) for x in (problem.e, problem.c))
+    return torch.where(problem.targets >= 0, of_e, 0), of_c
 
 
 def filter_error(
@@ -56,9 +63,7 @@ def filter_error(
     The exact gradient's norm is at least the filtered one's less the error. NaN where an input is not finite.
     """
     eps, kind = filt.threshold(problem.operand_dtype), problem.compute_dtype
-    norms = torch.linalg.vector_norm(problem.e, dim=1, dtype=kind)
-    norms = torch.where(problem.targets >= 0, norms, 0)
-    longest = torch.linalg.vector_norm(problem.c, dim=1, dtype=kind).amax()
+    norms, longest = seen.norms[0], seen.norms[1].amax()
     if filt.kind is FilterKind.DROP:
         slack = 2 * (problem.d + 4) * torch.finfo(kind).eps / problem.temperature * norms * longest
         below = (1 - seen.above + seen.above * slack).clamp(min=0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..numerics import FilterKind, unit_roundoff
 from ..problem import Heads, Plan, Problem, Statistics, Upstream
-from ..promise import Seen
+from ..promise import Seen, row_norms
 from .backward import Backward, as_ids
 from .filters import sampled, tile_survives
 from .tiles import block_shape, column_blocks, row_blocks
@@ -61,6 +61,7 @@ def seen_of(pass_: Backward) -> Seen:
     eps, first, alpha = filt.threshold(problem.operand_dtype), problem.first_column, pass_.factors.alpha
     mass = torch.exp(-heads.nll)
     energies = [heads.lse.new_zeros(()), heads.lse.new_zeros(())]
+    norms_e, norms_c = row_norms(problem)
     height, width = block_shape(problem, Plan(pass_.variant), by_tile=False)
     for columns in column_blocks(problem, pass_.order, width):
         c = problem.c[columns.index].to(problem.compute_dtype)
@@ -70,12 +71,13 @@ def seen_of(pass_: Backward) -> Seen:
             small = block.p < eps
             mass[index] += torch.where(small, 0, block.p).sum(1)
             ids = as_ids(columns.index, block.p) + first
-            for side, (over_columns, norms) in enumerate(((True, c.norm(dim=1)), (False, e.norm(dim=1)[:, None]))):
+            sides = (True, norms_c[columns.index]), (False, norms_e[index][:, None])
+            for side, (over_columns, norms) in enumerate(sides):
                 drawn = sampled(block.p, filt, eps, seed, as_ids(index, block.p), columns, ids, over_columns, first)
                 x = torch.where(small, drawn, 0) * alpha[index][:, None]
                 x = x if block.slope is None else x * block.slope
                 energies[side] += (x * norms).square().sum()
-    return Seen(alpha, mass, *energies)
+    return Seen(alpha, mass, energies[0], energies[1], (norms_e, norms_c))
 
 
 def _inflate(problem: Problem, heads: Heads, deviation: Tensor, longest_c: Tensor) -> Tensor:

@@ -55,11 +55,16 @@ def finished_by_hopper(problem: Problem, plan: Plan) -> bool:
     """
     if plan.variant.filtered or (plan.want_smooth and problem.softcap is None):
         return False
-    if problem.c.device.type != "cuda" or not hopper_fits(problem.c, True):
+    return products_by_hopper(problem.c)
+
+
+def products_by_hopper(c: Tensor) -> bool:
+    """Whether hopper_product.py, which needs Gluon, is there and takes the rows of c."""
+    if not hopper_fits(c, True):
         return False
     from .hopper_product import products_fit
 
-    return products_fit(problem.c)
+    return products_fit(c)
 
 
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:

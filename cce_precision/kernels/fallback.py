@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
+from .dense import products_by_hopper
 from .dz import Run, write_dz
 from .elements import DTYPES
-from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
+from .launch import Config, architecture, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
 from .schedule import WIDEST
 from .terms import RowTerms, TokensByTarget, label_rows
@@ -173,7 +174,7 @@ def exact_where(
     n, v, d = problem.n, problem.v, problem.d
     total = label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active) if want_e else None
     pool = pool[-(-n * d // 64) * 64 if want_e else 0 :].view(problem.operand_dtype)
-    by_hopper = shift_c is None and _products_by_hopper(problem)
+    by_hopper = shift_c is None and products_by_hopper(problem.c)
     start = 0
     while start < v:
         dz = room_for_dz(n, start, pool, d_c, WIDEST)
@@ -196,14 +197,6 @@ def exact_where(
             multiply_where(problem, e, c, start, terms, segments, dz, total, d_c, shift_c, active)
         start = stop
     return total
-
-
-def _products_by_hopper(problem: Problem) -> bool:
-    if problem.c.device.type != "cuda" or not hopper_fits(problem.c, True):
-        return False
-    from .hopper_product import products_fit
-
-    return products_fit(problem.c)
 
 
 def room_for_dz(n: int, start: int, pool: Tensor, d_c: Tensor | None, widest: int) -> Tensor:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from ..promise import Seen
+from ..promise import Seen, row_norms
 from .elements import DTYPES, STOCHASTIC, ElementFilter, dz_entries
 from .hits import BLOCK
 from .launch import multiprocessors, precision_of
@@ -320,15 +320,13 @@ def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFi
     """
     n = problem.n
     out = torch.empty((3, n), dtype=torch.float32, device=nll.device)
-    norms = torch.linalg.vector_norm(problem.c, dim=1, dtype=torch.float32)
+    norms = row_norms(problem)
     drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
     alpha = terms.terms[1]
     seen_kernel[(n,)](
-        entries.starts, entries.columns, entries.weights, alpha, norms, out, n, drawn, ENTRIES=64, num_warps=1
+        entries.starts, entries.columns, entries.weights, alpha, norms[1], out, n, drawn, ENTRIES=64, num_warps=1
     )
-    lengths = torch.linalg.vector_norm(problem.e, dim=1, dtype=torch.float32)
-    energy_c = torch.where(problem.targets >= 0, out[1] * lengths.square(), 0).sum()
-    return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), energy_c)
+    return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), (out[1] * norms[0].square()).sum(), norms)
 
 
 @triton.jit
