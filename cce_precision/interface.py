@@ -155,8 +155,8 @@ def linear_cross_entropy(
     )  # fmt: skip
     validation.check_options(options)
     configuration = (filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad)
-    chosen = None if named is None else named.configure(*configuration)
-    validation.check_tolerance(tolerance, chosen, return_entropy)
+    variant = None if named is None else named.configure(*configuration)
+    validation.check_tolerance(tolerance, variant, return_entropy)
     placed = place(e, c, targets, bias, class_weight, check_options(vocab_parallel_options))
     validation.check_tensors(e, placed.c, placed.targets, placed.bias, placed.class_weight, options, placed.options)
     e, c, targets, bias, class_weight, share, tokens = placed
@@ -164,12 +164,11 @@ def linear_cross_entropy(
     validation.check_whole(whole, return_stats, tolerance)
     e, c, bias = _autocast(e, c, bias)
     one_pass = reduction != "none" and class_weight is None and not (label_smoothing or return_lse or return_entropy)
-    if chosen is None:
+    if variant is None:
         plain = one_pass and bias is None and softcap is None and temperature == 1 and not return_argmax
         wanted = choosing.Options(tolerance, workspace_mb, plain and whole, *configuration)
         found, workspace_mb = _automatic(e, c, backend, wanted, not whole)
-        chosen = found.configure(*configuration)
-    variant = chosen
+        variant = found.configure(*configuration)
     offset = int(shift)
     flat_targets = _flatten_targets(targets, ignore_index, offset)
     check = validation.should_check_range(options, targets)

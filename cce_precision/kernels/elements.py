@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..numerics import Filter, FilterKind
 from ..problem import Problem
+from .dz import store_tile
 from .heads import operand
 from .launch import config_for, descriptor_fits, multiprocessors, precision_of
 from .primitives import (
@@ -211,10 +212,10 @@ def filtered_kernel(
             total = tl.sum(tl.where(own, at_label, tl.where(inside[:, None], x, 0.0)), 0)
             tl.store(column_sums + wide(width) * block + columns, total, mask=columns < width)
         rounded = round_to(x, DTYPE)
-        put_tile(high, stride_dz, block * M, tile * N, n, width, rounded, M, N, TMA)
+        store_tile(high, stride_dz, block * M, tile * N, n, width, rounded, M, N, TMA)
         if FLAGS[3]:
             lost = round_to(x - rounded.to(tl.float32), DTYPE)
-            put_tile(low, stride_dz, block * M, tile * N, n, width, lost, M, N, TMA)
+            store_tile(low, stride_dz, block * M, tile * N, n, width, lost, M, N, TMA)
 
 
 @triton.jit
@@ -254,20 +255,6 @@ def dz_entries(
         entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
         scale = scale - kappa[:, None] * (tl.maximum(log_p, -1024.0) + entropy[:, None])
     return x * scale * slope
-
-
-@triton.jit
-def put_tile(
-    x, stride, row, column, rows, columns, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
-):
-    """x[row : row + ROWS, column : column + COLUMNS] = value, inside (rows, columns)."""
-    if TMA:
-        x.store([row, column], value)
-    else:
-        i = row + tl.arange(0, ROWS)
-        j = column + tl.arange(0, COLUMNS)
-        place = i[:, None].to(tl.int64) * stride[0] + j[None, :].to(tl.int64) * stride[1]
-        tl.store(x + place, value, mask=(i < rows)[:, None] & (j < columns)[None, :])
 
 
 def write_filtered(
