@@ -300,6 +300,14 @@ def test_a_choice_by_measurement_is_right(tolerance: float | None) -> None:
     assert nothing.best is None and "error of" in nothing.candidates[0].reason
 
 
+def test_the_baseline_meets_the_demand_that_it_makes() -> None:
+    """Whatever its intervals: 6 of 200 problems once called it less exact than itself."""
+    case, what = choose_campaign.problem_of(128, 0)
+    assert what["tolerance"] is None
+    found = choices.measured(case, impls=["baseline"], rounds=1, seed=128)
+    assert found.best is not None and found.best.impl == "baseline"
+
+
 def test_a_choice_by_measurement_heeds_memory() -> None:
     case = case_of(v=2000)
     found = choices.measured(case, tolerance=1.0, memory_mb=0.5, impls=["baseline", "cce_exact"], rounds=1)
