@@ -214,7 +214,7 @@ class _Judge:
         return errors.gradient <= self.tolerance if self.tolerance is not None else errors.no_worse_than(self.limit)
 
     def verdict(self, trial: _Trial) -> None:
-        """Settles whether the candidate's errors and memory meet the demand, which `baseline` does where it is its own."""
+        """Settles whether the candidate meets the demand; `baseline` is as exact as itself, whatever its interval."""
         itself = self.tolerance is None and trial.run.impl == BASELINE
         while not itself and not self.passes(trial.errors) and self.passes(trial.lower) and trial.rows < self.most_rows:
             self.sample(trial, min(self.most_rows, MORE * trial.rows))

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import elements, fallback, hits, launch, lists, sparse  # noqa: E402
+from cce_precision.kernels import elements, entries, exact, hits, launch, lists, sparse  # noqa: E402
 from tests.test_kernels_compile import (  # noqa: E402
     CAPABILITY,
     CUOBJDUMP,
@@ -115,10 +115,11 @@ def test_filtered_dz(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> N
         "low": matrix("bf16", tma, config.m, config.n),
         "column_sums": FP32,
         "factor": FP32,
+        "active": I32,
         "shape": ("i32:16",) * 5,
         "stride_dz": ROW_MAJOR,
         "scalars": ("fp32",) * 3,
-        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, kind, kind == elements.ROWS)),
+        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, kind, *[kind == elements.ROWS] * 2)),
         "DTYPE": Constant(tl.bfloat16),
     }
     check_loops(
@@ -133,7 +134,7 @@ def test_filtered_dz(arch: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_products_of_the_exact_way(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = fallback.config_of("bf16", arch)
+    config = exact.config_of("bf16", arch)
     arguments = {
         "total_e": FP32,
         "out_c": "*bf16",
@@ -160,9 +161,7 @@ def test_products_of_the_exact_way(arch: str, monkeypatch: pytest.MonkeyPatch) -
         "DTYPE": Constant(tl.bfloat16),
         "PARTS": Constant(3),
     }
-    check_loops(
-        arguments, fallback.products_kernel, arch, monkeypatch, num_warps=config.warps, num_stages=config.stages
-    )
+    check_loops(arguments, exact.products_kernel, arch, monkeypatch, num_warps=config.warps, num_stages=config.stages)
 
 
 @pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC])
@@ -178,8 +177,12 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
         "starts": I32,
         "units": I32,
         "unit_block": I32,
+        "masks": I16,
+        "offsets": I32,
         "values": FP32,
+        "kept_entries": I32,
         "row_counts": I32,
+        "room": "i32",
         "seed": I64,
         "blocks": "i32",
         "shape": ("i32:16",) * 4,
@@ -191,7 +194,7 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
         "FLAGS": Constant((False, False, False, kind)),
         "PRECISION": Constant("ieee"),
     }
-    check(arguments, sparse.gather_kernel, arch, num_warps=4, num_stages=4)
+    check(arguments, entries.gather_kernel, arch, num_warps=4, num_stages=4)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,8 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "label": FP32,
         "by_target": I64,
         "target_starts": I32,
+        "masks": I16,
+        "offsets": I32,
         "values": FP32,
         "tokens": I32,
         "starts": I32,
@@ -294,6 +299,8 @@ def test_lists(arch: str) -> None:
     }
     check(blocks, lists.blocks_kernel, arch, spills=8, num_warps=4)
     rows = {
+        "masks": I16,
+        "offsets": I32,
         "values": FP32,
         "tokens": I32,
         "starts": I32,
@@ -307,7 +314,7 @@ def test_lists(arch: str) -> None:
         "HITS": Constant(32),
         "WIDTH": Constant(16),
     }
-    check(rows, sparse.rows_kernel, arch, num_warps=1)
+    check(rows, entries.rows_kernel, arch, num_warps=1)
     members = {
         "seed": I64,
         "out": I64,

@@ -23,7 +23,7 @@ from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import fallback, filtered  # noqa: E402
+from cce_precision.kernels import exact, filtered  # noqa: E402
 from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
 from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
 
@@ -128,12 +128,12 @@ def test_with_full_lists_the_gradient_is_exact(
 
 def test_dz_of_a_run_lies_beside_what_the_run_writes() -> None:
     n, v, d = 3, 5000, 20
-    pool, d_c = torch.zeros(n * 300), torch.zeros(v, d)
+    pool, d_c = torch.zeros(n * 300 * 4, dtype=torch.uint8), torch.zeros(v, d)
     start, where = 0, []
     while start < v:
-        dz = fallback.room_for_dz(n, start, pool, d_c, 1024)
-        width = dz.shape[1]
-        assert dz.shape[0] == n and width % 256 == 0 and 0 < width <= 1024
+        width, room = exact.room_for(start, n * 4, pool, d_c, 1024)
+        dz = room.view(torch.float32).view(n, width)
+        assert width % 256 == 0 and 0 < width <= 1024
         d_c[start : start + width] = 1.0
         dz.fill_(2.0)
         assert bool((d_c[start : start + width] == 1.0).all()) and bool((d_c[:start] == 1.0).all())
@@ -190,7 +190,7 @@ def test_the_entries_are_those_of_the_definition(impl: str, monkeypatch: pytest.
     for entries in kept:
         assert int(entries.dense) == 0
         for i in range(problem.n):
-            found = entries.columns[entries.starts[i] : entries.starts[i + 1]]
+            found = entries.buffers.columns[entries.starts[i] : entries.starts[i + 1]]
             assert found.tolist() == wanted[i].nonzero().flatten().tolist()
 
 

@@ -18,16 +18,16 @@ from torch import Tensor
 from ..numerics import Accumulation, Operand, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, write_dz
-from .launch import hopper_fits, multiprocessors
+from .exact import NARROWEST, products_by_hopper, walk
 from .record import candidates
-from .schedule import WIDEST, best_width
+from .schedule import WIDEST
 from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, matvec, row_terms, weighted_sum
 from .tile_filter import tile_product
 
 __all__ = ["backward_by_runs"]
 
 DEFAULT_WORKSPACE_MB = 256
-NARROWEST = 1024
+NARROWEST_LIBRARY = 1024
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -58,36 +58,22 @@ def finished_by_hopper(problem: Problem, plan: Plan) -> bool:
     return products_by_hopper(problem.c)
 
 
-def products_by_hopper(c: Tensor) -> bool:
-    """Whether hopper_product.py, which needs Gluon, is there and takes the rows of c."""
-    if not hopper_fits(c, True):
-        return False
-    from .hopper_product import products_fit
-
-    return products_fit(c)
-
-
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
-    """Columns a run, a multiple of 256: as many as the workspace holds beside the sums of dE and the copy of e; on
-    Hopper as few fewer as fill the waves of tiles best.
-    """
+    """Columns a run, a multiple of 256: as many as the workspace holds beside the sums of dE and the copy of e."""
     need_e, need_c, _ = need
     variant, d = plan.variant, problem.d
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
     size = problem.operand_dtype.itemsize
     sums = {Accumulation.FP32: 4, Accumulation.KAHAN: size, Accumulation.INPUT: 0}[embedding_sums(variant)]
     fixed = problem.n * d * (size + (sums if need_e else 0))
-    parts = 2 if is_split(problem, plan) else 1
     by_hopper = finished_by_hopper(problem, plan)
-    column = problem.n * size * parts
+    column = problem.n * size * (2 if is_split(problem, plan) else 1)
     column += d * 4 if need_c and not variant.filter_c and not by_hopper else 0
     column += d * size if variant.sort_vocabulary else 0
-    width = max(NARROWEST, (megabytes * 2**20 - fixed) // column // 256 * 256)
-    if by_hopper:
-        most = min(width, -(-problem.v // 256) * 256, WIDEST)
-        return best_width(problem.n, problem.v, d, most, parts, (need_e, need_c), multiprocessors(problem.c.device))
+    narrowest = NARROWEST if by_hopper else NARROWEST_LIBRARY
+    width = max(narrowest, (megabytes * 2**20 - fixed) // column // 256 * 256)
     runs = -(-problem.v // width)
-    return -(-problem.v // (runs * 256)) * 256
+    return width if by_hopper else -(-problem.v // (runs * 256)) * 256
 
 
 def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
@@ -96,8 +82,8 @@ def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
     """
     if not (plan.variant.sort_vocabulary and plan.variant.filtered):
         return None
-    count = (problem.targets >= 0).sum().clamp(min=1)
-    key = matvec(problem.c, weighted_sum(e, None) / count)
+    known = (problem.targets >= 0).to(torch.float32)
+    key = matvec(problem.c, weighted_sum(e, known) / known.sum().clamp(min=1))
     if problem.bias is not None:
         key += problem.bias
     return torch.sort(key, descending=True, stable=True).indices
@@ -198,15 +184,20 @@ def walk_runs(
     weighted_e = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
     weighted_c = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
 
+    parts = 2 if is_split(problem, plan) else 1
     width = min(run_width(problem, plan, need), -(-v // 8) * 8)
-    dz = torch.empty((2 if is_split(problem, plan) else 1, n, width), dtype=problem.operand_dtype, device=device)
     sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
-    by_hopper = finished_by_hopper(problem, plan)
-    library_c = need_c and not variant.filter_c and not by_hopper
-    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if library_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
+    if finished_by_hopper(problem, plan):
+        width = min(-(-width // 256) * 256, WIDEST)
+        pool = torch.empty(parts * n * width * e.element_size(), dtype=torch.uint8, device=device)
+        walk(problem, e, terms, segments, pool, parts, None if sums_e is None else sums_e.total, d_c, d_bias, None)
+        return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
 
+    dz = torch.empty((parts, n, width), dtype=problem.operand_dtype, device=device)
+    library_c = need_c and not variant.filter_c
+    sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if library_c else None
     chosen: list[Tensor | None] = [None] * -(-v // width)
     if record is not None:
         bits, tokens = record
@@ -222,14 +213,6 @@ def walk_runs(
         sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, which)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums
-        if by_hopper:
-            from .hopper_product import Columns, Labels, add_products
-
-            labels = None if segments is None else Labels(e, targets, terms.label, segments)
-            columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
-            if columns is not None or sums_e is not None:
-                add_products(operands, e, run.c, columns, None if sums_e is None else sums_e.total)
-            continue
         if d_c is not None and sum_c is not None:
             total = sum_c[: stop - start]
             for i, x in enumerate(operands):
@@ -270,6 +253,19 @@ def walk_runs(
                 accumulate_product(sums_e.total, x, run.c, False)
 
     del dz, sum_c
+    return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
+
+
+def finished(
+    problem: Problem,
+    plan: Plan,
+    e: Tensor,  # (N, D), no longer needed
+    terms: RowTerms,
+    sums_e: EmbeddingSums | None,
+    d_c: Tensor | None,
+    d_bias: Tensor | None,  # (V,) fp32 column sums of dZ
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of what the walk over the runs has left."""
     out_bias = None
     if d_bias is not None and problem.bias is not None:
         if terms.smooth_apart:

@@ -154,6 +154,7 @@ def filtered_kernel(
     low,  # (N, W) what rounding lost, or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label included, or unused
     factor,  # (W,) or (N,) fp32 of the filter, or unused
+    active,  # () int32: 0 where nothing is to be done; or unused
     seed,  # () int64
     shape,  # (N, W, D, first column among these targets', the same in the whole vocabulary)
     stride_e,
@@ -165,7 +166,7 @@ def filtered_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, kind of the filter, tail)
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, kind of the filter, tail, active)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -173,7 +174,10 @@ def filtered_kernel(
     n, width, d, start, first_id = shape
     softcap, temperature, eps = scalars
     blocks, tiles = tl.cdiv(n, M), tl.cdiv(width, N)
-    for unit in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
+    units = blocks * tiles
+    if FLAGS[7]:
+        units = tl.where(tl.load(active) != 0, units, 0)
+    for unit in tl.range(tl.program_id(0), units, tl.num_programs(0), flatten=FLATTEN):
         block, tile = grouped(unit, blocks, tiles, GROUP)
         acc = tl.zeros((M, N), tl.float32)
         for k in range(0, d, K):
@@ -238,7 +242,7 @@ def dz_entries(
     KIND: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """x = P^ (alpha - kappa (log P + H)) slope."""
+    """x = P^ (alpha - kappa (log P + H)) slope; of a tail 0 in ignored rows, whose logits may be NaN."""
     lse = tl.load(rows_terms + rows, mask=inside, other=float("inf"))
     scale = tl.load(rows_terms + wide(n) + rows, mask=inside, other=0.0)[:, None]
     log_p = z * (1.0 / temperature) - lse[:, None]
@@ -254,7 +258,10 @@ def dz_entries(
         kappa = tl.load(rows_terms + wide(n) * 2 + rows, mask=inside, other=0.0)
         entropy = tl.load(rows_terms + wide(n) * 3 + rows, mask=inside, other=0.0)
         scale = scale - kappa[:, None] * (tl.maximum(log_p, -1024.0) + entropy[:, None])
-    return x * scale * slope
+    x = x * scale * slope
+    if TAIL:
+        x = tl.where((lse == float("inf"))[:, None], 0.0, x)
+    return x
 
 
 def write_filtered(
@@ -268,6 +275,7 @@ def write_filtered(
     high: Tensor,  # (N, W)
     low: Tensor | None,  # (N, W)
     want_sums: bool = False,
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done
 ) -> Tensor | None:
     """Fills high (and low) with dZ under an element filter, without the label. Returns (row blocks, W) column sums of
     the unrounded dZ with the label, if wanted.
@@ -290,6 +298,7 @@ def write_filtered(
         put(low),
         unused if sums is None else sums,
         unused if filt.factor is None else filt.factor,
+        unused if active is None else active,
         filt.seed,
         (rows, width, problem.d, start, problem.first_column + start),
         tuple(e.stride()),
@@ -309,6 +318,7 @@ def write_filtered(
             want_sums,
             filt.kind,
             filt.tail,
+            active is not None,
         ),
         TMA=tma,
         PRECISION=precision_of(c),

@@ -1,9 +1,9 @@
 """The backward pass of variants whose filters work on single entries.
 
-`sparse`, where both sides have one filter: dZ is a sparse matrix (sparse.py), and below the threshold a subset filter
-adds two small dense products (subsets.py). Where the hits are more than the workspace holds, as on a flat softmax, the
-device itself takes the exact dense way instead (fallback.py). The host launches both and waits for neither. `dense`,
-for all other filters: library products of each side's dZ.
+`sparse`, where both sides have one filter: dZ is a sparse matrix (entries.py, sparse.py), and below the threshold a
+subset filter adds two small dense products (subsets.py). Where the hits are more than the workspace holds, as on a flat
+softmax, the device itself takes the exact dense way instead (exact.py). The host launches both and waits for
+neither. `dense`, for all other filters: library products of each side's dZ.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from ..problem import Heads, Plan, Problem, Upstream
 from ..promise import filter_error
 from .dense import accumulate_product, no_tokens
 from .elements import COLUMNS, ROWS, ElementFilter, write_filtered
-from .fallback import NARROWEST, exact_where
+from .entries import Buffers, Entries, entries_of, seen_of
+from .exact import NARROWEST, exact_where, least_pool, room_for
 from .hits import BLOCK, found_again, kept_filter, words_of
 from .lists import counts_of, lists_of
-from .sparse import Entries, entries_of, finish_blocks, finish_rows, seen_of
+from .schedule import WIDEST
+from .sparse import finish_blocks, finish_rows
 from .subsets import Tail, members, tail_of
 from .terms import (
     RowTerms,
@@ -37,8 +39,10 @@ from .terms import (
 
 __all__ = ["backward_filtered", "capacity", "occupancy"]
 
-DEFAULT_WORKSPACE_MB = 192
-TAIL_SHARE = 2  # the part of the workspace that holds a subset filter's sums of dC
+DEFAULT_WORKSPACE_MB = 80  # with the record at N = 8192, V = 256000 less than 128 MB
+TAIL_SHARE = 4  # a quarter of the workspace is for a subset filter's tail of dC
+MOST_HITS = 2**26  # entries are numbered by int32
+MOST_COLUMNS = 4096  # drawn columns of one product of dE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -55,11 +59,10 @@ def backward_filtered(
     """(dE, dC, dbias) in the dtypes of e (fp32 for plan.partial_e), c and bias; None where not needed."""
     if problem.n == 0:
         return no_tokens(problem, plan, need)
-    e = clean_rows(problem)
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
     if kept_filter(problem, plan) is None:
-        return dense(problem, plan, e, terms, need, seed)
-    return sparse(problem, plan, heads, e, terms, need, seed, record)
+        return dense(problem, plan, clean_rows(problem), terms, need, seed)
+    return sparse(problem, plan, heads, terms, need, seed, record)
 
 
 def side_filter(
@@ -76,38 +79,41 @@ def side_filter(
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """The workspace of a sparse pass. What the exact way needs lies over what the sparse way needs: only one runs."""
+class Workspace:
+    """The workspace of a sparse pass. What the exact way needs lies over all of it: only one of the two counts."""
 
-    hits: int  # capacity
-    values: Tensor  # (hits, BLOCK) fp32
-    columns: Tensor  # (entries,) int32
-    weights: Tensor  # (entries,) fp32
     pool: Tensor  # fp32, all of it
+    buffers: Buffers
+    tail: Tensor  # uint8: for a run of a subset filter's tail
 
     @staticmethod
-    def of(problem: Problem, size: int) -> Buffers:
-        """In `size` bytes, or as many as the exact way needs at least."""
-        n, d, dtype = problem.n, problem.d, problem.operand_dtype
-        hits, entries = capacities(n, -(-problem.v // BLOCK), size)
-        least = -(-n * d // 64) * 256 + n * NARROWEST * dtype.itemsize
-        size = max(hits * 4 * BLOCK + entries * 8, least)
-        pool = torch.empty(-(-size // 4), dtype=torch.float32, device=problem.e.device)
-        values, rest = pool[: hits * BLOCK], pool[hits * BLOCK : hits * BLOCK + 2 * entries]
-        return Buffers(hits, values.view(hits, BLOCK), rest[:entries].view(torch.int32), rest[entries:], pool)
+    def of(problem: Problem, plan: Plan) -> Workspace:
+        size = pool_size(problem, plan)
+        pool = torch.empty(size // 4, dtype=torch.float32, device=problem.e.device)
+        lists = sparse_size(problem, plan)
+        buffers = Buffers.of(pool, *capacities(problem.n, -(-problem.v // BLOCK), lists))
+        return Workspace(pool, buffers, pool.view(torch.uint8)[lists:])
+
+
+def pool_size(problem: Problem, plan: Plan) -> int:
+    """Bytes of the workspace, a multiple of 256: what the caller allows, or what the exact way needs at least."""
+    megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
+    return -(-max(megabytes * 2**20, least_pool(problem)) // 256) * 256
+
+
+def sparse_size(problem: Problem, plan: Plan) -> int:
+    """Bytes of the workspace for hits and kept entries."""
+    size = pool_size(problem, plan)
+    return size - size // TAIL_SHARE // 256 * 256 if plan.variant.filter_e.kind is FilterKind.SUBSET else size
 
 
 def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
     """(hits, kept entries) that `size` bytes hold, at one and a half entries a hit; at most all that there can be."""
-    hits = min(n * blocks, size // (4 * BLOCK + 8 + 12))
-    return hits, hits * BLOCK if hits == n * blocks else hits * 3 // 2
-
-
-def sizes(problem: Problem, plan: Plan) -> tuple[int, int]:
-    """Bytes of the workspace for a sparse pass: the buffers', and those of the tail's sums of dC."""
-    size = (DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb) * 2**20
-    tail = size // TAIL_SHARE if plan.variant.filter_e.kind is FilterKind.SUBSET else 0
-    return size - tail, tail
+    every = n * blocks
+    if every * (Buffers.A_HIT + BLOCK * Buffers.AN_ENTRY) + 4 <= size:
+        return every, every * BLOCK
+    hits = min(every, (size - 4) // (Buffers.A_HIT + Buffers.AN_ENTRY * 3 // 2), MOST_HITS)
+    return hits, hits * 3 // 2
 
 
 def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record: Tensor | None) -> Tensor:
@@ -119,7 +125,7 @@ def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record:
 
 def capacity(problem: Problem, plan: Plan) -> int:
     """How many hits the workspace holds. With more of them a sparse pass takes the exact dense way."""
-    return capacities(problem.n, -(-problem.v // BLOCK), sizes(problem, plan)[0])[0]
+    return capacities(problem.n, -(-problem.v // BLOCK), sparse_size(problem, plan))[0]
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
@@ -135,7 +141,6 @@ def sparse(
     problem: Problem,
     plan: Plan,
     heads: Heads,
-    e: Tensor,
     terms: RowTerms,
     need: tuple[bool, bool, bool],
     seed: Tensor,
@@ -146,53 +151,57 @@ def sparse(
     """
     need_e, need_c, need_bias = need
     n, v, d, device, filt = problem.n, problem.v, problem.d, problem.e.device, plan.variant.filter_e
-    size, tail_size = sizes(problem, plan)
-    buffers = Buffers.of(problem, size)
-    lse = terms.terms[0]
+    e = problem.e.contiguous()  # ignored rows stand in no list
+    workspace = Workspace.of(problem, plan)
+    buffers, lse = workspace.buffers, terms.terms[0]
     words = words_for(problem, filt, seed, lse, record)
     kept = ElementFilter.of(filt, problem.operand_dtype, seed)
-    lists = lists_of(words, problem.c, lse, buffers.hits)
+    lists = lists_of(words, problem.c, lse, buffers.tokens, buffers.blocks)
     del words
-    entries = entries_of(problem, e, terms, kept, lists, buffers.values, buffers.columns, buffers.weights)
+    entries = entries_of(problem, e, terms, kept, lists, buffers)
     segments = TokensByTarget.of(problem.targets, v)
     shift_c = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
     shift_e = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
+    d_e = torch.empty((n, d), dtype=torch.float32 if plan.partial_e else e.dtype, device=device) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
-    base, energies = None, None
+    tail = None
     if filt.kind is FilterKind.SUBSET:
         tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense)
-        if need_e:
-            base = label_rows(problem, terms, shift_e)
-            tail.add_to_rows(base)
-        if need_c or need_bias:
-            tail_by_runs(problem, e, terms, segments, entries, tail, tail_size, d_c, d_bias, shift_c)
-        energies = tail.energies
-        del tail
+    if d_e is not None:
+        base = None if tail is None else tail_of_rows(problem, terms, tail, shift_e, d_c)
+        finish_rows(problem, terms, entries, d_e, base, shift_e)
+        del base
+    if tail is not None and (need_c or need_bias):
+        tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c)
     elif need_c or need_bias:
         finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift_c)
-    d_e = None
-    if need_e:  # in the place of the copy of e, where that is read for the last time
-        apart = plan.partial_e or plan.tolerance is not None
-        d_e = torch.empty((n, d), dtype=torch.float32 if plan.partial_e else e.dtype, device=device) if apart else e
+    active = entries.dense
     if plan.tolerance is not None and (need_e or need_c):
-        if d_e is not None:
-            finish_rows(problem, terms, entries, d_e, base, shift_e)
         seen = seen_of(problem, terms, entries, kept, heads.nll)
-        if energies is not None:
-            seen = dataclasses.replace(seen, energy_e=energies[0], energy_c=energies[1])
+        if tail is not None and tail.energies is not None:
+            seen = dataclasses.replace(seen, energy_e=tail.energies[0], energy_c=tail.energies[1])
         broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
-        entries = dataclasses.replace(entries, dense=torch.maximum(entries.dense, broken.to(torch.int32)))
-    total_e = None
-    if plan.tolerance is not None or buffers.hits < n * -(-v // BLOCK):
-        active = entries.dense
-        total_e = exact_where(problem, e, terms, segments, buffers.pool, need_e, d_c, d_bias, shift_e, shift_c, active)
-    if d_e is not None:
-        if plan.tolerance is None:
-            finish_rows(problem, terms, entries, d_e, base, shift_e)
-        if total_e is not None:
-            scale_into(d_e, total_e, terms.scale, entries.dense)
+        active = torch.maximum(active, broken.to(torch.int32))
+    if plan.tolerance is not None or buffers.values.numel() < n * -(-v // BLOCK) * BLOCK:
+        exact_where(problem, terms, segments, workspace.pool, d_e, d_c, d_bias, shift_e, shift_c, active)
     return d_e, d_c, finish_bias(problem, terms, d_bias)
+
+
+def tail_of_rows(problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | None, d_c: Tensor | None) -> Tensor:
+    """(N, D) fp32: the target's terms of dE and the tail, where d_c has room in d_c, which is not yet written."""
+    n, d, dtype = problem.n, problem.d, problem.operand_dtype
+    sums, column = -(-n * d // 64) * 256, n * dtype.itemsize
+    widest = min(MOST_COLUMNS, -(-tail.columns_drawn.numel() // 8) * 8)
+    width = widest if d_c is None else min(widest, (d_c.numel() * d_c.element_size() - sums) // column // 8 * 8)
+    if d_c is None or width < min(widest, NARROWEST):
+        width = min(widest, NARROWEST)
+        room = torch.empty(sums + width * column, dtype=torch.uint8, device=problem.e.device)
+    else:
+        room = d_c.view(-1).view(torch.uint8)
+    total = label_rows(problem, terms, shift, room[:sums].view(torch.float32)[: n * d].view(n, d))
+    tail.add_to_rows(total, room[sums:][: width * column].view(dtype).view(n, width))
+    return total
 
 
 def tail_by_runs(
@@ -202,24 +211,28 @@ def tail_by_runs(
     segments: TokensByTarget,
     entries: Entries,
     tail: Tail,
-    size: int,  # bytes for the tail's dZ and sums
+    pool: Tensor,  # uint8
     d_c: Tensor | None,
     d_bias: Tensor | None,
     shift: Tensor | None,
 ) -> None:
     """dC and dbias of a filter with a tail, where entries.dense is not 1: the tail's part goes by runs of columns."""
-    v, d = problem.v, problem.d
-    column = 4 * d + problem.operand_dtype.itemsize * tail.part.n
-    width = min(max(NARROWEST, size // column // 256 * 256), -(-v // BLOCK) * BLOCK)
-    buffer = torch.empty((width, d), dtype=torch.float32, device=e.device) if d_c is not None else None
-    for start in range(0, v, width):
+    v, d, dtype = problem.v, problem.d, problem.operand_dtype
+    column = 4 * d + dtype.itemsize * tail.part.n
+    if pool.numel() < NARROWEST * column:
+        pool = torch.empty(NARROWEST * column, dtype=torch.uint8, device=e.device)
+    start = 0
+    while start < v:
+        width, room = room_for(start, column, pool, d_c, WIDEST)
         stop = min(start + width, v)
-        sums = None if buffer is None else buffer[: stop - start]
+        sums = None if d_c is None else room.view(torch.float32)[: width * d].view(width, d)[: stop - start]
+        x = room[4 * d * width :].view(dtype).view(tail.part.n, width)[:, : stop - start]
         bias = None if problem.bias is None else problem.bias[start:stop]
-        bias_sums = tail.columns(start, problem.c[start:stop], bias, sums, d_bias is not None)
+        bias_sums = tail.columns(start, problem.c[start:stop], bias, x, sums, d_bias is not None)
         finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift, (start, stop), sums)
         if d_bias is not None and bias_sums is not None:
             d_bias[start:stop] += bias_sums
+        start = stop
 
 
 def dense(

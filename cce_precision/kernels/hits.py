@@ -4,7 +4,7 @@ The forward pass sees every logit. It compares each with the filter's threshold 
 exp(lse): the larger of the target's logit, the log-sum-exp of the first columns (which tokenizers give to frequent
 tokens), and that of the columns that the program itself has walked. That can only keep too much, and it is the same
 whatever else runs, so results are bitwise repeatable. One bit a block is left, and one for the target's block; the
-definition alone, with the final lse, decides later (sparse.py). Where no record was left, the same walk with the final
+definition alone, with the final lse, decides later (entries.py). Where no record was left, the same walk with the final
 lse makes it.
 """
 

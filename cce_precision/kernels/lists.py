@@ -163,12 +163,11 @@ def counts_of(words: Tensor, c: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return by_block, by_token
 
 
-def lists_of(words: Tensor, c: Tensor, lse: Tensor, capacity: int) -> Lists:
-    """The lists of words (column tiles, N). No host synchronisation."""
+def lists_of(words: Tensor, c: Tensor, lse: Tensor, tokens: Tensor, blocks: Tensor) -> Lists:
+    """The lists of words (column tiles, N), in tokens and blocks (capacity,) int32. No host synchronisation."""
     (tiles, n), v = words.shape, c.shape[0]
     bits = config_for("forward", c).n // BLOCK
-    device = words.device
-    new = lambda size: torch.empty(size, dtype=torch.int32, device=device)  # noqa: E731
+    device, capacity = words.device, tokens.numel()
     column_counts, row_counts = counts_of(words, c, lse)
     small = device.type != "cuda"  # interpreted
     hits = column_counts.sum(dtype=torch.int64)
@@ -177,8 +176,7 @@ def lists_of(words: Tensor, c: Tensor, lse: Tensor, capacity: int) -> Lists:
     row_counts *= fits
     starts, row_starts = _starts(column_counts), _starts(row_counts)
     units = _starts((column_counts + (BATCH - 1)) // BATCH)
-    tokens, blocks = new(capacity), new(capacity)
-    unit_block = new(capacity // BATCH + tiles * bits)
+    unit_block = torch.empty(capacity // BATCH + tiles * bits, dtype=torch.int32, device=device)
     tokens_kernel[(tiles,)](
         words,
         lse,

@@ -1,15 +1,11 @@
-"""dZ as a sparse matrix: the logits of the hits alone, the entries that the filter keeps, and the two products.
+"""The two products of dZ as a sparse matrix (entries.py).
 
-`entries_of` gathers the tokens of each block of 16 columns, computes those logits again, and decides by the definition
-with the final lse. dE adds the kept entries of each token to the target's term in fp32; dC multiplies each block's
-entries, as a hi + lo pair of the inputs' dtype, with the gathered embeddings, adds the target's terms (three parts,
-which is all of fp32) and rounds once. A long column is cut in batches and in features. One program owns each output
-tile: no float atomics.
+dE adds the kept entries of each token to the target's term in fp32; dC multiplies each block's entries, as a hi + lo
+pair of the inputs' dtype, with the gathered embeddings, adds the target's terms (three parts, which is all of fp32) and
+rounds once. A long column is cut in batches and in features. One program owns each output tile: no float atomics.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,198 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from ..promise import Seen, row_norms
-from .elements import DTYPES, STOCHASTIC, ElementFilter, dz_entries
+from .elements import DTYPES
+from .entries import Entries, hit_values
 from .hits import BLOCK
-from .launch import multiprocessors, precision_of
-from .lists import BATCH, Lists
-from .primitives import add_parts, cap, multiply_add, round_to, wide
+from .launch import precision_of
+from .primitives import add_parts, round_to, wide
 from .terms import RowTerms, TokensByTarget, label_row
 
-__all__ = ["Entries", "entries_of", "finish_blocks", "finish_rows", "seen_of"]
-
-
-@triton.jit
-def gather_kernel(
-    e,  # (N, D) contiguous, ignored rows 0
-    c,  # (V, D)
-    bias,  # (V,) or unused
-    targets,  # (N,) int64
-    rows_terms,  # (6, N) fp32
-    tokens,  # (capacity,) int32
-    starts,  # (blocks + 1,) int32
-    units,  # (blocks + 1,) int32
-    unit_block,  # int32
-    values,  # (capacity, WIDTH) fp32, out
-    row_counts,  # (N,) int32: kept entries, in and out
-    seed,  # () int64
-    blocks,
-    shape,  # (N, V, D, number of the first column in the whole vocabulary)
-    stride_c,
-    scalars,  # (softcap, temperature, eps)
-    M: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, kind of the filter)
-    PRECISION: tl.constexpr,
-):
-    n, v, d, first_id = shape
-    softcap, temperature, eps = scalars
-    for unit in range(tl.program_id(0), tl.load(units + blocks), tl.num_programs(0)):
-        block = tl.load(unit_block + unit)
-        slots = tl.load(starts + block) + (unit - tl.load(units + block)) * M + tl.arange(0, M)
-        inside = slots < tl.load(starts + block + 1)
-        rows = tl.load(tokens + slots, mask=inside, other=0)
-        columns = block * WIDTH + tl.arange(0, WIDTH)
-        acc = tl.zeros((M, WIDTH), tl.float32)
-        for k in range(0, d, K):
-            j = k + tl.arange(0, K)
-            at = rows[:, None].to(tl.int64) * d + j[None, :]
-            left = tl.load(e + at, mask=inside[:, None] & (j < d)[None, :], other=0)
-            at = columns[:, None].to(tl.int64) * stride_c[0] + j[None, :].to(tl.int64) * stride_c[1]
-            right = tl.load(c + at, mask=(columns < v)[:, None] & (j < d)[None, :], other=0)
-            acc = multiply_add(left, right.T, acc, PRECISION)
-        if FLAGS[0]:
-            acc += tl.load(bias + columns, mask=columns < v, other=0).to(tl.float32)[None, :]
-        z, slope = cap(acc, softcap, FLAGS[1])
-        own = columns[None, :] == tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
-        own = own | (columns >= v)[None, :]
-        x = dz_entries(
-            z,
-            slope,
-            rows,
-            inside,
-            own,
-            first_id + columns,
-            columns,
-            columns < v,
-            rows_terms,
-            n,
-            rows_terms,
-            seed,
-            temperature,
-            eps,
-            FLAGS[2],
-            FLAGS[3],
-            False,
-        )
-        at = slots[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.store(values + at, x, mask=inside[:, None])
-        tl.atomic_add(row_counts + rows, tl.sum((x != 0).to(tl.int32), 1), mask=inside)
-
-
-@triton.jit
-def rows_kernel(
-    values,  # (capacity, WIDTH) fp32 by slot
-    tokens,  # (capacity,) int32 by slot
-    starts,  # (blocks + 1,) int32
-    blocks,  # (capacity,) int32 by token
-    row_starts,  # (N + 1,) int32 hits of each token
-    entry_starts,  # (N + 1,) int32 kept entries of each token
-    columns,  # (capacity of entries,) int32, out
-    weights,  # (capacity of entries,) fp32, out
-    fits,
-    steps,
-    HITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The kept entries of one token, by column."""
-    if tl.load(fits) != 0:
-        row = tl.program_id(0)
-        place = tl.load(entry_starts + row)
-        last = tl.load(row_starts + row + 1)
-        for first in range(tl.load(row_starts + row), last, HITS):
-            hit = first + tl.arange(0, HITS)
-            block = tl.load(blocks + hit, mask=hit < last, other=0)
-            low, high = tl.load(starts + block), tl.load(starts + block + 1)
-            for _ in range(steps):  # the slot of this token among the block's, which rise
-                middle = (low + high) // 2
-                less = tl.load(tokens + middle, mask=low < high, other=0) < row
-                high = tl.where(less | (low >= high), high, middle)
-                low = tl.where(less & (low < high), middle + 1, low)
-            at = low[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-            x = tl.load(values + at, mask=(hit < last)[:, None], other=0.0)
-            column = tl.reshape(block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], (HITS * WIDTH,))
-            x = tl.reshape(x, (HITS * WIDTH,))
-            kept = (x != 0).to(tl.int32)
-            to = place + tl.cumsum(kept, 0) - 1
-            tl.store(columns + to, column, mask=kept != 0)
-            tl.store(weights + to, x, mask=kept != 0)
-            place += tl.sum(kept, 0)
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The kept entries, by block of columns and by token."""
-
-    lists: Lists
-    values: Tensor  # (capacity, BLOCK) fp32: x by slot, 0 where nothing is kept
-    starts: Tensor  # (N + 1,) int32: entries of token i are starts[i] to starts[i + 1]
-    columns: Tensor  # (capacity of entries,) int32
-    weights: Tensor  # (capacity of entries,) fp32
-    dense: Tensor  # () int32: 1 where a capacity did not hold them, and nothing here counts
-
-
-def entries_of(
-    problem: Problem,
-    e: Tensor,
-    terms: RowTerms,
-    filt: ElementFilter,
-    lists: Lists,
-    values: Tensor,
-    columns: Tensor,
-    weights: Tensor,
-) -> Entries:
-    """The entries that the filter keeps among the hits; fills the buffers `values`, `columns` and `weights`."""
-    n, v, c, bias = problem.n, problem.v, problem.c, problem.bias
-    cuda = e.device.type == "cuda"
-    blocks = lists.starts.numel() - 1
-    counts = torch.zeros(n, dtype=torch.int32, device=e.device)
-    depth = 64 if e.element_size() == 2 else 16
-    gather_kernel[(8 * multiprocessors(e.device),)](
-        e,
-        c,
-        terms.terms if bias is None else bias,
-        terms.targets,
-        terms.terms,
-        lists.tokens,
-        lists.starts,
-        lists.units,
-        lists.unit_block,
-        values,
-        counts,
-        filt.seed,
-        blocks,
-        (n, v, problem.d, problem.first_column),
-        tuple(c.stride()),
-        (float(problem.softcap or 1.0), float(problem.temperature), filt.eps),
-        M=BATCH,
-        WIDTH=BLOCK,
-        K=depth if cuda else 16,
-        FLAGS=(bias is not None, problem.softcap is not None, terms.entropy, filt.kind),
-        PRECISION=precision_of(c),
-        num_warps=4,
-        num_stages=4,
-    )
-    starts = torch.zeros(n + 1, dtype=torch.int32, device=e.device)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
-    fits = lists.fits * (starts[-1] <= columns.numel())
-    rows_kernel[(n,)](
-        values,
-        lists.tokens,
-        lists.starts,
-        lists.blocks,
-        lists.row_starts,
-        starts,
-        columns,
-        weights,
-        fits,
-        n.bit_length(),
-        HITS=32,
-        WIDTH=BLOCK,
-        num_warps=1,
-    )
-    return Entries(lists, values, starts, columns, weights, 1 - fits)
+__all__ = ["finish_blocks", "finish_rows"]
 
 
 @triton.jit
@@ -274,8 +86,8 @@ def finish_rows(
         terms.terms if shift is None else shift,
         terms.scale,
         entries.starts,
-        entries.columns,
-        entries.weights,
+        entries.buffers.columns,
+        entries.buffers.weights,
         entries.dense,
         problem.v,
         problem.d,
@@ -289,47 +101,6 @@ def finish_rows(
 
 
 @triton.jit
-def seen_kernel(starts, columns, weights, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
-    row = tl.program_id(0)
-    unit = tl.load(alpha + row)
-    most = tl.abs(unit) * drawn
-    last = tl.load(starts + row + 1)
-    mass = tl.zeros((ENTRIES,), tl.float32)
-    squares = tl.zeros((ENTRIES,), tl.float32)
-    energy = tl.zeros((ENTRIES,), tl.float32)
-    for i in range(tl.load(starts + row), last, ENTRIES):
-        entry = i + tl.arange(0, ENTRIES)
-        x = tl.load(weights + entry, mask=entry < last, other=0.0)
-        norm = tl.load(norms + tl.load(columns + entry, mask=entry < last, other=0))
-        below = tl.abs(x) <= most
-        mass += tl.where(below, 0.0, x)
-        square = tl.where(below, x * x, 0.0)
-        squares += square
-        energy += square * norm * norm
-    total = tl.sum(mass, 0)
-    tl.store(out + row, tl.where(total == 0.0, 0.0, total / unit))
-    tl.store(out + n + row, tl.sum(squares, 0))
-    tl.store(out + 2 * n + row, tl.sum(energy, 0))
-
-
-def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFilter, nll: Tensor) -> Seen:
-    """What the kept entries tell of their filter, without entropy. Meaningless where entries.dense is 1.
-
-    A softcap's slope stands in the entries: the mass above eps is then at least what is given, and an entry above eps
-    may count as drawn, so that the promise is the weaker.
-    """
-    n = problem.n
-    out = torch.empty((3, n), dtype=torch.float32, device=nll.device)
-    norms = row_norms(problem)
-    drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
-    alpha = terms.terms[1]
-    seen_kernel[(n,)](
-        entries.starts, entries.columns, entries.weights, alpha, norms[1], out, n, drawn, ENTRIES=64, num_warps=1
-    )
-    return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), (out[1] * norms[0].square()).sum(), norms)
-
-
-@triton.jit
 def finish_blocks_kernel(
     out,  # (V, D) gradient
     bias_sums,  # (V,) fp32 column sums of dZ, or unused
@@ -339,7 +110,9 @@ def finish_blocks_kernel(
     label,  # (N,) fp32
     by_target,  # (N,) int64 tokens sorted by target
     target_starts,  # (V + 1,) int32
-    values,  # (capacity, WIDTH) fp32
+    masks,  # (capacity,) int16
+    offsets,  # (capacity,) int32
+    values,  # (capacity of entries,) fp32
     tokens,  # (capacity,) int32
     starts,  # (blocks + 1,) int32
     dense,  # () int32
@@ -368,8 +141,7 @@ def finish_blocks_kernel(
         for i in range(begin, end, M):
             slot = i + tl.arange(0, M)
             token = tl.load(tokens + slot, mask=slot < end, other=0)
-            at = slot[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-            x = tl.load(values + at, mask=(slot < end)[:, None], other=0.0)
+            x = hit_values(values, masks, offsets, slot, slot < end, WIDTH)
             if FLAGS[0]:
                 at = token[:, None].to(tl.int64) * d + features[None, :]
                 rows = tl.load(e + at, mask=(slot < end)[:, None] & (features < d)[None, :], other=0)
@@ -432,7 +204,9 @@ def finish_blocks(
         terms.label,
         segments.tokens,
         segments.starts,
-        entries.values,
+        entries.buffers.masks,
+        entries.buffers.offsets,
+        entries.buffers.values,
         entries.lists.tokens,
         entries.lists.starts,
         entries.dense,

@@ -20,8 +20,6 @@ from .terms import RowTerms
 
 __all__ = ["Tail", "members", "tail_of"]
 
-MOST_COLUMNS = 4096  # drawn columns of one product of dE
-
 
 def members(problem: Problem, plan: Plan, e: Tensor, filt: Filter, seed: Tensor, over_columns: bool) -> Tensor:
     """The columns (for dE) or tokens (for dC) that a subset filter draws, int64; -1 in a group that is not whole."""
@@ -37,17 +35,18 @@ class Tail:
 
     problem: Problem
     terms: RowTerms
-    e: Tensor  # (N, D), ignored rows 0
+    e: Tensor  # (N, D) contiguous
     columns_drawn: Tensor  # (V / share,) int64, -1 for none
     part: Problem  # the drawn tokens alone
     part_terms: RowTerms
     part_e: Tensor  # (N / share, D), 0 for none
     by_columns: ElementFilter
     by_tokens: ElementFilter
+    active: Tensor  # () int32: 0 where nothing of it counts
     energies: Tensor | None  # (2,) fp32: where wanted, the sums that promise.Seen knows, of dE and of dC, in and out
 
-    def add_to_rows(self, total: Tensor) -> None:
-        """total (N, D) fp32 += the tail of the drawn columns times their classifier rows."""
+    def add_to_rows(self, total: Tensor, dz: Tensor) -> None:
+        """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W)."""
         problem, drawn = self.problem, self.columns_drawn
         where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
         where.scatter_(0, torch.where(drawn >= 0, drawn, problem.v), torch.arange(drawn.numel(), device=drawn.device))
@@ -55,25 +54,25 @@ class Tail:
         targets = torch.where(here, where[problem.targets.clamp(0, problem.v - 1)], -1)
         terms = dataclasses.replace(self.terms, targets=targets)
         factor = torch.where(drawn >= 0, self.by_columns.factor, 0)
-        width = min(MOST_COLUMNS, -(-drawn.numel() // 8) * 8)
-        dz = torch.empty((problem.n, width), dtype=problem.operand_dtype, device=drawn.device)
+        width = dz.shape[1]
         for start in range(0, drawn.numel(), width):
             index = drawn[start : start + width].clamp(min=0)
             c, bias = problem.c[index], None if problem.bias is None else problem.bias[index]
             filt = dataclasses.replace(self.by_columns, factor=factor[start : start + width])
             x = dz[:, : index.numel()]
-            write_filtered(problem, self.e, c, bias, start, terms, filt, x, None)
+            write_filtered(problem, self.e, c, bias, start, terms, filt, x, None, active=self.active)
             accumulate_product(total, x, c, False)
             if self.energies is not None:
                 self.energies[0] += energy(x, c)
 
-    def columns(self, start: int, c: Tensor, bias: Tensor | None, total: Tensor | None, sums: bool) -> Tensor | None:
+    def columns(
+        self, start: int, c: Tensor, bias: Tensor | None, x: Tensor, total: Tensor | None, sums: bool
+    ) -> Tensor | None:
         """total (W, D) fp32 = the tail of the drawn tokens in the columns c (W, D) from `start` on, times their
-        embeddings. Returns its column sums (W,), if wanted.
+        embeddings, by way of x (drawn tokens, W). Returns its column sums (W,), if wanted.
         """
-        x = torch.empty((self.part.n, -(-c.shape[0] // 8) * 8), dtype=c.dtype, device=c.device)[:, : c.shape[0]]
         column_sums = write_filtered(
-            self.part, self.part_e, c, bias, start, self.part_terms, self.by_tokens, x, None, sums
+            self.part, self.part_e, c, bias, start, self.part_terms, self.by_tokens, x, None, sums, self.active
         )
         if total is not None:
             accumulate_product(total, x.T, self.part_e, True)
@@ -91,16 +90,16 @@ def energy(x: Tensor, rows: Tensor) -> Tensor:
 def tail_of(
     problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filter, seed: Tensor, dense: Tensor
 ) -> Tail:
-    """The tail of a subset filter, the same on both sides; nothing of it where `dense` (0-dim int32) is 1."""
+    """The tail of a subset filter, the same on both sides; left undone where `dense` (0-dim int32) is 1."""
     eps = filt.threshold(problem.operand_dtype)
     tokens = members(problem, plan, e, filt, seed, False)
     index, real = tokens.clamp(min=0), tokens >= 0
     drawn = members(problem, plan, e, filt, seed, True)
-    share = (filt.share * (1 - dense)).to(torch.float32)
+    share = torch.full((), float(filt.share), device=e.device)
     rows = terms.terms[:, index]
     rows[0] = torch.where(real, rows[0], torch.inf)  # hence P = 0
     targets = torch.where(real, problem.targets[index], -1)
-    part_e = torch.where(real[:, None], e[index], 0)
+    part_e = torch.where((targets >= 0)[:, None], e[index], 0)
     return Tail(
         problem,
         terms,
@@ -111,5 +110,6 @@ def tail_of(
         part_e,
         ElementFilter(COLUMNS, eps, seed, share.expand(drawn.shape).contiguous(), tail=True),
         ElementFilter(ROWS, eps, seed, share.expand(tokens.shape).contiguous(), tail=True),
+        1 - dense,
         None if plan.tolerance is None else torch.zeros(2, dtype=torch.float32, device=e.device),
     )

@@ -17,6 +17,7 @@ __all__ = [
     "RowTerms",
     "TokensByTarget",
     "clean_rows",
+    "clean_rows_into",
     "label_rows",
     "matvec",
     "row_terms",
@@ -116,6 +117,24 @@ class TokensByTarget:
 def clean_rows(problem: Problem) -> Tensor:
     """e as a contiguous matrix with 0 in ignored rows, so that a NaN there reaches no product. One copy of e."""
     return torch.where((problem.targets >= 0)[:, None], problem.e, 0).contiguous()
+
+
+@triton.jit
+def clean_rows_kernel(e, targets, out, active, d, stride_e, COLUMNS: tl.constexpr):
+    if tl.load(active) != 0:
+        row = tl.program_id(0)
+        j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        known = (tl.load(targets + row) >= 0) & (j < d)
+        value = tl.load(e + wide(row) * stride_e[0] + j.to(tl.int64) * stride_e[1], mask=known, other=0)
+        tl.store(out + wide(row) * d + j, value, mask=j < d)
+
+
+def clean_rows_into(out: Tensor, problem: Problem, active: Tensor) -> Tensor:
+    """out (N, D) contiguous = `clean_rows`, unless `active` (0-dim int32) is 0. Returns out."""
+    e, width = problem.e, 1024
+    grid = (problem.n, triton.cdiv(problem.d, width))
+    clean_rows_kernel[grid](e, problem.targets, out, active, problem.d, tuple(e.stride()), COLUMNS=width)
+    return out
 
 
 @triton.jit
@@ -326,16 +345,19 @@ def weighted_sum_kernel(
     for i in range(first, tl.minimum(first + rows_a_block, rows), ROWS):
         r = i + tl.arange(0, ROWS)
         inside = (r < rows) & (r < first + rows_a_block)
-        place = r[:, None] * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
-        value = tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
+        w = tl.full((ROWS,), 1.0, tl.float32)
         if WEIGHT:
-            value *= tl.load(weight + r, mask=inside, other=0.0)[:, None]
-        total += value
+            w = tl.load(weight + r, mask=inside, other=0.0)
+            inside &= w != 0
+        place = r[:, None] * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
+        total += w[:, None] * tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
     tl.store(out + wide(d) * block + j, tl.sum(total, 0), mask=j < d)
 
 
 def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_i weight_i x_i (D,) fp32 over the rows of x (R, D); fixed order, no atomics."""
+    """sum_i weight_i x_i (D,) fp32 over the rows of x (R, D), of which those of weight 0 are not read; fixed order, no
+    atomics.
+    """
     rows, d = x.shape
     blocks = max(1, min(256, triton.cdiv(rows, 64)))
     rows_a_block = triton.cdiv(triton.cdiv(rows, blocks), 16) * 16

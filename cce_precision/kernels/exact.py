@@ -1,9 +1,9 @@
-"""The exact dense way of a backward pass, as `cce_exact` goes it, which the device takes or leaves: where lists of
-entries overflow, or keep no promise.
+"""The exact dense walk of a backward pass: by runs of columns, dZ, and its two products in one launch.
 
-By runs of columns: dZ, and its two products in one launch. dC is complete over the tokens: it leaves with the target's
-terms added, scaled and rounded once. The library's products cannot wait for a decision made on the device; on Hopper
-hopper_product.py's are the fastest, elsewhere these. The host launches all of it and waits for nothing.
+dC is complete over the tokens: it leaves with the target's terms added, scaled and rounded once. On Hopper it is how
+every unfiltered pass goes. `exact_where` is for what the device takes or leaves, where lists of entries overflow or
+keep no promise: the library's products cannot wait for a decision made there, so where hopper_product.py's do not run,
+these do. The host launches all of it and waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .dense import products_by_hopper
 from .dz import Run, write_dz
 from .elements import DTYPES
-from .launch import Config, architecture, multiprocessors, precision_of
+from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
-from .schedule import WIDEST
-from .terms import RowTerms, TokensByTarget, label_rows
+from .schedule import WIDEST, best_width
+from .terms import RowTerms, TokensByTarget, clean_rows_into, label_rows, scale_into
 
-__all__ = ["NARROWEST", "config_of", "exact_where", "multiply_where"]
+__all__ = [
+    "NARROWEST", "config_of", "exact_where", "least_pool", "multiply_where", "products_by_hopper", "room_for", "walk",
+]  # fmt: skip
 
 NARROWEST = 256  # columns of a run
 
@@ -157,57 +158,96 @@ def multiply_where(
     )
 
 
-def exact_where(
+def walk(
     problem: Problem,
     e: Tensor,  # (N, D) contiguous, ignored rows 0
     terms: RowTerms,
+    segments: TokensByTarget | None,  # None: the labels stand in the operand
+    pool: Tensor,  # uint8 workspace: NARROWEST columns of dZ at least
+    parts: int,  # 2: dZ as a hi + lo pair, on Hopper alone
+    total_e: Tensor | None,  # (N, D) fp32: += dZ c
+    d_c: Tensor | None,  # (V, D)
+    d_bias: Tensor | None,  # (V,) fp32
+    shift: Tensor | None,  # (D,) fp32: what dC's rows lose, times the column weight; not on Hopper
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1; None: 1
+) -> None:
+    """Every entry of dZ, by runs of columns: fills d_c and d_bias, adds to total_e."""
+    n, v, d, dtype = problem.n, problem.v, problem.d, problem.operand_dtype
+    by_hopper = shift is None and products_by_hopper(problem.c)
+    wanted = (total_e is not None, d_c is not None)
+    start = 0
+    while start < v:
+        width, room = room_for(start, n * dtype.itemsize * parts, pool, d_c, WIDEST)
+        if by_hopper:
+            width = best_width(n, v - start, d, width, parts, wanted, multiprocessors(e.device))
+        stop = min(start + width, v)
+        operands = list(room.view(dtype)[: parts * n * width].view(parts, n, width)[:, :, : stop - start])
+        c, bias, weight = (
+            None if x is None else x[start:stop] for x in (problem.c, problem.bias, problem.column_weight)
+        )
+        assert c is not None
+        low = operands[1] if parts > 1 else None
+        run = Run(start, c, bias, weight)
+        sums, _ = write_dz(problem, e, run, terms, operands[0], low, d_bias is not None, active=active)
+        if d_bias is not None and sums is not None:
+            d_bias[start:stop].copy_(sums if active is None else torch.where(active != 0, sums, d_bias[start:stop]))
+        if by_hopper and any(wanted):
+            from .hopper_product import Columns, Labels, add_products
+
+            labels = None if segments is None else Labels(e, terms.targets, terms.label, segments)
+            columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
+            add_products(operands, e, c, columns, total_e, active)
+        elif any(wanted):
+            assert segments is not None and active is not None
+            multiply_where(problem, e, c, start, terms, segments, operands[0], total_e, d_c, shift, active)
+        start = stop
+
+
+def exact_where(
+    problem: Problem,
+    terms: RowTerms,
     segments: TokensByTarget,
-    pool: Tensor,  # fp32 workspace: the sums of dE, if wanted, and NARROWEST columns of dZ at least
-    want_e: bool,
+    pool: Tensor,  # fp32 workspace of `least_pool` bytes at least
+    d_e: Tensor | None,  # (N, D)
     d_c: Tensor | None,  # (V, D)
     d_bias: Tensor | None,  # (V,) fp32
     shift_e: Tensor | None,  # (D,) fp32: what dE's rows lose, times sigma
     shift_c: Tensor | None,  # (D,) fp32: what dC's rows lose, times the column weight
     active: Tensor,  # () int32: 0 where nothing is to be done, else 1
-) -> Tensor | None:
-    """Fills d_c and d_bias with the gradients of every entry. Returns the sums of dE (N, D), fp32 and unscaled."""
-    n, v, d = problem.n, problem.v, problem.d
-    total = label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active) if want_e else None
-    pool = pool[-(-n * d // 64) * 64 if want_e else 0 :].view(problem.operand_dtype)
-    by_hopper = shift_c is None and products_by_hopper(problem.c)
-    start = 0
-    while start < v:
-        dz = room_for_dz(n, start, pool, d_c, WIDEST)
-        stop = min(start + dz.shape[1], v)
-        c, bias, weight = (
-            None if x is None else x[start:stop] for x in (problem.c, problem.bias, problem.column_weight)
-        )
-        assert c is not None
-        dz = dz[:, : stop - start]
-        sums, _ = write_dz(problem, e, Run(start, c, bias, weight), terms, dz, None, d_bias is not None, active=active)
-        if d_bias is not None and sums is not None:
-            d_bias[start:stop].copy_(torch.where(active != 0, sums, d_bias[start:stop]))
-        if by_hopper and (want_e or d_c is not None):
-            from .hopper_product import Columns, Labels, add_products
-
-            labels = Labels(e, terms.targets, terms.label, segments)
-            columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
-            add_products([dz], e, c, columns, total, active)
-        elif want_e or d_c is not None:
-            multiply_where(problem, e, c, start, terms, segments, dz, total, d_c, shift_c, active)
-        start = stop
-    return total
+) -> None:
+    """Fills d_e, d_c and d_bias with the gradients of every entry. Until the end d_e holds a copy of e."""
+    n, d = problem.n, problem.d
+    place = pool if d_e is None else d_e
+    e = clean_rows_into(place.view(-1).view(problem.e.dtype)[: n * d].view(n, d), problem, active)
+    total = None if d_e is None else label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active)
+    rest = pool[-(-n * d // 64) * 64 :].view(torch.uint8)
+    walk(problem, e, terms, segments, rest, 1, total, d_c, d_bias, shift_c, active)
+    if d_e is not None and total is not None:
+        scale_into(d_e, total, terms.scale, active)
 
 
-def room_for_dz(n: int, start: int, pool: Tensor, d_c: Tensor | None, widest: int) -> Tensor:
-    """(N, W) for the run of columns from `start` on, W a multiple of 256, at most `widest`: in the pool, or where that
-    is wider in the rows of dC that come later.
+def least_pool(problem: Problem) -> int:
+    """Bytes that `exact_where` needs at least: the sums of dE, and NARROWEST columns of dZ."""
+    return -(-problem.n * problem.d // 64) * 256 + problem.n * NARROWEST * problem.operand_dtype.itemsize
+
+
+def room_for(start: int, column: int, pool: Tensor, d_c: Tensor | None, widest: int) -> tuple[int, Tensor]:
+    """(W, bytes): room for a run of W columns from `start` on, a multiple of 256 and at most `widest`, of `column`
+    bytes each: in the pool (uint8), or where that is wider in the rows of dC that come later.
     """
-    width = pool.numel() // n // 256 * 256
+    width = min(pool.numel() // column // 256 * 256, widest)
     if d_c is not None and width < widest:
-        v, d = d_c.shape
-        later = min((v - start) * d // (n + d) // 256 * 256, widest)
+        row = d_c.shape[1] * d_c.element_size()
+        later = min((d_c.shape[0] - start) * row // (row + column) // 256 * 256, widest)
         if later > width:
-            return d_c.view(-1)[(start + later) * d :][: n * later].view(n, later)
-    width = min(width, widest)
-    return pool[: n * width].view(n, width)
+            return later, d_c.view(-1).view(torch.uint8)[(start + later) * row :][: later * column]
+    return width, pool[: width * column]
+
+
+def products_by_hopper(c: Tensor) -> bool:
+    """Whether hopper_product.py, which needs Gluon, is there and takes the rows of c."""
+    if not hopper_fits(c, True):
+        return False
+    from .hopper_product import products_fit
+
+    return products_fit(c)
