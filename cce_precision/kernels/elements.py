@@ -68,6 +68,7 @@ def threshold(eps, rows, columns, low, high):
         u = tl.inline_asm_elementwise(
             DRAWN
             + """
+            cvt.rn.f32.u32 u, word;
             add.rn.f32 u, u, 0f3F000000;
             mul.rn.f32 $0, u, 0f2F800000;
             }""",

@@ -42,7 +42,6 @@ __all__ = ["backward_filtered", "capacity", "occupancy"]
 DEFAULT_WORKSPACE_MB = 80  # with the record at N = 8192, V = 256000 less than 128 MB
 TAIL_SHARE = 4  # a quarter of the workspace is for a subset filter's tail of dC
 MOST_HITS = 2**26  # entries are numbered by int32
-MOST_COLUMNS = 4096  # drawn columns of one product of dE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -191,16 +190,17 @@ def sparse(
 def tail_of_rows(problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | None, d_c: Tensor | None) -> Tensor:
     """(N, D) fp32: the target's terms of dE and the tail, where d_c has room in d_c, which is not yet written."""
     n, d, dtype = problem.n, problem.d, problem.operand_dtype
-    sums, column = -(-n * d // 64) * 256, n * dtype.itemsize
-    widest = min(MOST_COLUMNS, -(-tail.columns_drawn.numel() // 8) * 8)
-    width = widest if d_c is None else min(widest, (d_c.numel() * d_c.element_size() - sums) // column // 8 * 8)
-    if d_c is None or width < min(widest, NARROWEST):
-        width = min(widest, NARROWEST)
+    sums, column = -(-n * d // 64) * 256, (n + d) * dtype.itemsize
+    widest = min(WIDEST, -(-tail.columns_drawn.numel() // 8) * 8)
+    narrowest = min(widest, NARROWEST)
+    room = None if d_c is None else d_c.view(-1).view(torch.uint8)
+    width = 0 if room is None else min(widest, (room.numel() - sums) // column // 8 * 8)
+    if room is None or width < narrowest:
+        width = narrowest
         room = torch.empty(sums + width * column, dtype=torch.uint8, device=problem.e.device)
-    else:
-        room = d_c.view(-1).view(torch.uint8)
     total = label_rows(problem, terms, shift, room[:sums].view(torch.float32)[: n * d].view(n, d))
-    tail.add_to_rows(total, room[sums:][: width * column].view(dtype).view(n, width))
+    dz, rows = room[sums:][: width * column].view(dtype).split((n * width, width * d))
+    tail.add_to_rows(total, dz.view(n, width), rows.view(width, d))
     return total
 
 

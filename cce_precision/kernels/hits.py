@@ -35,6 +35,7 @@ from .primitives import (
     mix32,
     multiply_add,
     online_softmax_update,
+    reference_of,
     row_word,
     wide,
 )
@@ -80,32 +81,34 @@ def words_of(problem: Problem, record: Tensor) -> Tensor:
 
 
 @triton.jit
-def block_bits(z, lowest, scale, M: tl.constexpr, N: tl.constexpr):
-    """(M,) int32: bit b is whether some scale z (M, N) of the block b of columns, -inf aside, reaches `lowest` (M,).
+def block_bits(x, lowest, scale, M: tl.constexpr, N: tl.constexpr):
+    """(M,) int32: bit b is whether some scale x (M, N) of the block b of columns, -inf aside, reaches `lowest`.
 
     One comparison, in one layout: Triton 3.6 mixes up rows where it moves booleans of these blocks between layouts.
     """
-    top = tl.max(tl.reshape(z, (M, N // 16, 16)), 2) * scale
-    found = top >= tl.maximum(lowest, -3.0e38)[:, None]
+    top = tl.max(tl.reshape(x, (M, N // 16, 16)), 2) * scale
+    found = top >= tl.maximum(lowest, -3.0e38)
     return tl.sum(found.to(tl.int32) << tl.arange(0, N // 16)[None, :], 1)
 
 
 @triton.jit
-def chances(z, scale, by_row, by_column):
-    """scale z - log2(u) for the uniform draws u of the words mix32(by_row ^ by_column), to within `SLACK`."""
+def beyond(p, limit, by_row, by_column):
+    """p - limit u for what 23 bits tell of the uniform draws of the words mix32(by_row ^ by_column), never more."""
     if INTERPRETED:
-        word = mix32(by_row ^ by_column)
-        return z * scale - tl.log2((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+        u = (mix32(by_row ^ by_column) >> 9).to(tl.float32) * 1.1920928955078125e-07
+        return p - limit * u
     else:
         return tl.inline_asm_elementwise(
             DRAWN
             + """
-            fma.rn.f32 u, u, 0f2F800000, 0f2F000000;
-            lg2.approx.f32 u, u;
-            sub.f32 $0, $3, u;
+            shr.u32 word, word, 9;
+            or.b32 word, word, 0x3F800000;
+            mov.b32 u, word;
+            sub.rn.f32 u, 0f3F800000, u;
+            fma.rn.f32 $0, u, $4, $3;
             }""",
-            "=f,r,r,f",
-            [by_row, by_column, z * scale],
+            "=f,r,r,f,f",
+            [by_row, by_column, p, limit],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -113,16 +116,18 @@ def chances(z, scale, by_row, by_column):
 
 
 @triton.jit
-def drawn_bits(z, lowest, by_row, first, scale, M: tl.constexpr, N: tl.constexpr):
-    """The same for a threshold times the draws of columns first to first + N; by halves, for the sake of registers."""
+def drawn_bits(p, limit, by_row, first, M: tl.constexpr, N: tl.constexpr):
+    """(M,) int32: bit b is whether some p (M, N) of the block b reaches limit (M,) times the draw of its column, of
+    first to first + N; by halves, for the sake of registers.
+    """
     if N > 64:
-        left, right = tl.split(tl.permute(tl.reshape(z, (M, 2, N // 2)), (0, 2, 1)))
-        bits = drawn_bits(left, lowest, by_row, first, scale, M, N // 2)
-        return bits | (drawn_bits(right, lowest, by_row, first + N // 2, scale, M, N // 2) << (N // 32))
+        left, right = tl.split(tl.permute(tl.reshape(p, (M, 2, N // 2)), (0, 2, 1)))
+        bits = drawn_bits(left, limit, by_row, first, M, N // 2)
+        return bits | (drawn_bits(right, limit, by_row, first + N // 2, M, N // 2) << (N // 32))
     else:
         by_column = column_word((first + tl.arange(0, N)).to(tl.uint32))
-        chance = chances(z, scale, by_row[:, None], by_column[None, :])
-        return block_bits(chance, lowest, 1.0, M, N)
+        x = beyond(p, limit[:, None], by_row[:, None], by_column[None, :])
+        return block_bits(x, 1.0e-37, 1.0, M, N)
 
 
 @triton.jit
@@ -187,9 +192,12 @@ def hits_kernel(
         if FLAGS[3]:
             low, high = seed_words(seed)
             by_row = row_word(low, high, rows.to(tl.uint32))
-            bits = drawn_bits(z, lowest, by_row, first_id + tile * N, scale, M, N)
+            reference = reference_of(m, scale) if FLAGS[2] else known
+            p = tl.exp2(z * scale - reference[:, None])  # those of the softmax's update, where there is one
+            limit = tl.exp2(tl.minimum(lowest - reference, 120.0))  # no p reaches 2^120 u
+            bits = drawn_bits(p, limit, by_row, first_id + tile * N, M, N)
         else:
-            bits = block_bits(z, lowest, scale, M, N)
+            bits = block_bits(z, lowest[:, None], scale, M, N)
         bits |= tl.where(hit, 1 << (tl.where(hit, local, 0) // 16), 0)
         tl.store(record + wide(n) * tile + rows, tl.where(target >= 0, bits, 0).to(tl.int16), mask=inside)
     if FLAGS[2]:

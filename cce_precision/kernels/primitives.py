@@ -12,8 +12,8 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The rest of hash32 for the words $1 and $2, as fp32 u: the beginning of a block of instructions that is one to the
-# compiler, which else holds the words of a whole tile in registers.
+# The rest of hash32 for the words $1 and $2: the beginning of a block of instructions, with a register u for fp32, that
+# is one to the compiler, which else holds the words of a whole tile in registers.
 DRAWN = tl.constexpr("""{
     .reg .u32 word, high;
     .reg .f32 u;
@@ -26,7 +26,6 @@ DRAWN = tl.constexpr("""{
     mul.lo.u32 word, word, 0x846CA68B;
     shr.u32 high, word, 16;
     xor.b32 word, word, high;
-    cvt.rn.f32.u32 u, word;
 """)
 
 

@@ -16,11 +16,13 @@ from ..problem import Problem
 from .elements import DTYPES
 from .entries import Entries, hit_values
 from .hits import BLOCK
-from .launch import precision_of
+from .launch import Config, precision_of
 from .primitives import add_parts, round_to, wide
 from .terms import RowTerms, TokensByTarget, label_row
 
 __all__ = ["finish_blocks", "finish_rows"]
+
+BLOCKS = Config(32, 256, BLOCK, 4, 3)  # tokens and 16-bit features of dC's products; of 32-bit features half as many
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def finish_blocks(
     """
     v, d, weight = problem.v, problem.d, problem.column_weight
     start, stop = (0, v) if run is None else run
-    features = min(512 // e.element_size(), max(16, triton.next_power_of_2(d)))
+    features = min(BLOCKS.n * 2 // e.element_size(), max(16, triton.next_power_of_2(d)))
     finish_blocks_kernel[(triton.cdiv(stop - start, BLOCK), triton.cdiv(d, features) if d_c is not None else 1)](
         terms.terms if d_c is None else d_c,
         terms.terms if bias_sums is None else bias_sums,
@@ -215,13 +217,13 @@ def finish_blocks(
         terms.scale,
         start // BLOCK,
         (v, d),
-        M=32,
+        M=BLOCKS.m,
         WIDTH=BLOCK,
         FEATURES=features,
         FLAGS=tuple(x is not None for x in (d_c, bias_sums, base, shift, weight)),
         PARTS=3 if e.dtype is not torch.float32 else 1,
         DTYPE=DTYPES[e.dtype],
         PRECISION=precision_of(e),
-        num_warps=4,
-        num_stages=3,
+        num_warps=BLOCKS.warps,
+        num_stages=BLOCKS.stages,
     )

@@ -45,8 +45,10 @@ class Tail:
     active: Tensor  # () int32: 0 where nothing of it counts
     energies: Tensor | None  # (2,) fp32: where wanted, the sums that promise.Seen knows, of dE and of dC, in and out
 
-    def add_to_rows(self, total: Tensor, dz: Tensor) -> None:
-        """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W)."""
+    def add_to_rows(self, total: Tensor, dz: Tensor, rows: Tensor) -> None:
+        """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W) and rows
+        (W, D).
+        """
         problem, drawn = self.problem, self.columns_drawn
         where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
         where.scatter_(0, torch.where(drawn >= 0, drawn, problem.v), torch.arange(drawn.numel(), device=drawn.device))
@@ -57,7 +59,8 @@ class Tail:
         width = dz.shape[1]
         for start in range(0, drawn.numel(), width):
             index = drawn[start : start + width].clamp(min=0)
-            c, bias = problem.c[index], None if problem.bias is None else problem.bias[index]
+            c = torch.index_select(problem.c, 0, index, out=rows[: index.numel()])
+            bias = None if problem.bias is None else problem.bias[index]
             filt = dataclasses.replace(self.by_columns, factor=factor[start : start + width])
             x = dz[:, : index.numel()]
             write_filtered(problem, self.e, c, bias, start, terms, filt, x, None, active=self.active)
