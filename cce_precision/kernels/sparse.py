@@ -136,8 +136,8 @@ def finish_blocks_kernel(
         block = first + tl.program_id(0)
         features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         columns = block * WIDTH + tl.arange(0, WIDTH)
-        mask = (features < d)[:, None] & (columns < v)[None, :]
-        acc = tl.zeros((FEATURES, WIDTH), tl.float32)
+        mask = (columns < v)[:, None] & (features < d)[None, :]
+        acc = tl.zeros((WIDTH, FEATURES), tl.float32)
         sums = tl.zeros((WIDTH,), tl.float32)
         begin, end = tl.load(starts + block), tl.load(starts + block + 1)
         for i in range(begin, end, M):
@@ -147,7 +147,7 @@ def finish_blocks_kernel(
             if FLAGS[0]:
                 at = token[:, None].to(tl.int64) * d + features[None, :]
                 rows = tl.load(e + at, mask=(slot < end)[:, None] & (features < d)[None, :], other=0)
-                acc = add_parts(acc, rows.T, x, False, DTYPE, 2 if PARTS > 1 else 1, PRECISION)
+                acc = add_parts(acc, x.T, rows, True, DTYPE, 2 if PARTS > 1 else 1, PRECISION)
             if FLAGS[1]:
                 sums += tl.sum(x, 0)
         begin = tl.load(target_starts + tl.minimum(block * WIDTH, v))
@@ -160,20 +160,20 @@ def finish_blocks_kernel(
             if FLAGS[0]:
                 at = token[:, None] * d + features[None, :]
                 rows = tl.load(e + at, mask=(place < end)[:, None] & (features < d)[None, :], other=0)
-                acc = add_parts(acc, rows.T, x, False, DTYPE, PARTS, PRECISION)
+                acc = add_parts(acc, x.T, rows, True, DTYPE, PARTS, PRECISION)
             if FLAGS[1]:
                 sums += tl.sum(x, 0)
         if FLAGS[0]:
             if FLAGS[2]:
-                at = (columns - first * WIDTH)[None, :].to(tl.int64) * d + features[:, None]
+                at = (columns - first * WIDTH)[:, None].to(tl.int64) * d + features[None, :]
                 acc += tl.load(base + at, mask=mask, other=0.0)
             if FLAGS[3]:
                 w = tl.full((WIDTH,), 1.0, tl.float32)
                 if FLAGS[4]:
                     w = tl.load(weight + columns, mask=columns < v, other=0.0)
-                acc -= w[None, :] * tl.load(shift + features, mask=features < d, other=0.0)[:, None]
+                acc -= w[:, None] * tl.load(shift + features, mask=features < d, other=0.0)[None, :]
             value = round_to(acc * tl.load(scale), out.dtype.element_ty)
-            tl.store(out + columns[None, :].to(tl.int64) * d + features[:, None], value, mask=mask)
+            tl.store(out + columns[:, None].to(tl.int64) * d + features[None, :], value, mask=mask)
         if FLAGS[1]:  # noqa: SIM102
             if tl.program_id(1) == 0:
                 tl.store(bias_sums + columns, sums, mask=columns < v)
