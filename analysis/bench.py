@@ -8,6 +8,8 @@
              interquartile range
     turn     on CUDA a method repeats its step for 0.2 s, and the second half counts: a GPU lowers its clock under load
              within tens of milliseconds, and training is load. On a CPU one step
+    graph    on CUDA, after the last round, the whole step as one CUDA graph, replayed for a turn: the host's time to
+             launch kernels is left out. A method that waits for the device in its step cannot be one, and has no time
     product  torch.mm(e, c^T) into memory that is there already, in the same rounds and the same way: the unit of
              "x product"
     memory   the most that PyTorch's allocator had handed out beyond the inputs; gradients count, a library's own

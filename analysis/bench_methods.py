@@ -52,6 +52,16 @@ def _ours(name: str, workspace_mb: int | None = None) -> Method:
     return Method(label if workspace_mb is None else f"{label}@{workspace_mb}MB", "ours", bind)
 
 
+def _auto(text: str, tolerance: float, workspace_mb: int | None) -> Method:
+    """impl="auto", which takes a variant for the tolerance and the workspace (MiB) by the committed table."""
+
+    def bind(softcap: float | None) -> Call:
+        options = {"impl": "auto", "tolerance": tolerance, "softcap": softcap, "workspace_mb": workspace_mb}
+        return lambda e, c, t: linear_cross_entropy(e, c, t, validate=False, **options)  # type: ignore[arg-type, return-value]
+
+    return Method(text, "ours", bind)
+
+
 def _package(name: str) -> object:
     try:
         return importlib.import_module(name)
@@ -168,12 +178,14 @@ DEFAULT = {
 @functools.cache
 def method(text: str) -> Method:
     """The method called `text`; one of ours may name its workspace (cce_exact@4096MB) or its filter's settings
-    (cce_unbiased@2^-14).
+    (cce_unbiased@2^-14); auto@TOLERANCE or auto@TOLERANCE,WORKSPACE is impl="auto".
 
     Raises ValueError for an unknown name, listing the known ones and the nearest.
     """
     if text in METHODS:
         return METHODS[text]
+    if match := re.fullmatch(r"auto@([\d.]+(?:e-?\d+)?)(?:,(\d+)(?:MB|MiB)?)?", text):
+        return _auto(text, float(match[1]), None if match[2] is None else int(match[2]))
     if match := re.fullmatch(r"([\w-]+)@(\d+)(?:MB|MiB)?", text):
         if int(match[2]) == 0:
             raise ValueError(f"the workspace of {text!r} must be at least 1 MB")

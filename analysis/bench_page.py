@@ -17,7 +17,7 @@ from cce_precision.analysis.bench_job import FLOOR, PRODUCT, Row
 __all__ = ["picture", "table", "write"]
 
 HEADINGS = (
-    "method", "fw ms", "bw ms", "fw+bw ms", "+-", "fw/G", "fw+bw/G", "MiB fw", "MiB fw+bw",
+    "method", "fw ms", "bw ms", "fw+bw ms", "+-", "fw/G", "fw+bw/G", "graph/G", "MiB fw", "MiB fw+bw",
     "loss error", "dE error", "dC error", "note",
 )  # fmt: skip
 
@@ -37,13 +37,14 @@ def _lines(rows: Iterable[Row]) -> list[tuple[str, ...]]:
         full = kinds.get("loss-fw-bw") or kinds["product"]
         note = "" if full["status"] == "ok" else f"{full['status']}: {full['reason']}"
         if name == PRODUCT:
-            fw, full = full, {**full, "time_ms": None, "spread_ms": None, "times_product": None}
+            fw, full = full, full | dict.fromkeys(("time_ms", "spread_ms", "times_product"))
         lines.append(
             (
                 name,
                 *(_number(kind.get("time_ms"), ".2f") for kind in (fw, bw, full)),
                 _number(full["spread_ms"], ".2f"),
                 *(_number(kind.get("times_product"), ".2f") for kind in (fw, full)),
+                _number(full.get("graph_product"), ".2f"),
                 *(_number(kind.get("peak_mib"), ",.1f") for kind in (fw, full)),
                 *(_number(full[f"{what}_error"], ".2e") for what in ("loss", "dE", "dC")),
                 note,
@@ -88,7 +89,8 @@ def picture(rows: list[Row]) -> Any:
 
     def note(r: Row) -> str:
         return (
-            f"{r['time_ms']:.1f} ms = {r['times_product']:.2f} products<br>{r['peak_mib']:,.0f} MiB<br>"
+            f"{r['time_ms']:.1f} ms = {r['times_product']:.2f} products"
+            f" ({_number(r.get('graph_product'), '.2f')} as a CUDA graph)<br>{r['peak_mib']:,.0f} MiB<br>"
             f"error of dE {r['dE_error']:.2e}, of dC {r['dC_error']:.2e}"
         )
 

@@ -146,6 +146,15 @@ def test_a_first_call_that_takes_too_long_is_skipped() -> None:
     assert by_kind(rows, "cce_exact")["loss-fw-bw"]["rounds"] == 1
 
 
+def test_auto_takes_a_variant_by_tolerance_and_workspace() -> None:
+    one = method("auto@5e-3,64MB")
+    assert (one.name, one.family) == ("auto@5e-3,64MB", "ours")
+    rows = measure(TINY, [one, method("auto@1e-9")], CPU, repeat=1, say=lambda _: None)
+    assert max(by_kind(rows, one.name)["loss-fw-bw"][f"{side}_error"] for side in ("dE", "dC")) <= 5e-3
+    hopeless = by_kind(rows, "auto@1e-9")["loss-fw-bw"]
+    assert hopeless["status"] == "skipped" and "tolerance" in hopeless["reason"]
+
+
 def test_the_check_itself() -> None:
     fine = {"loss": 1e-3, "dE": 1e-2, "dC": 0.4}
     assert check(fine, 2.0) is None
@@ -287,3 +296,18 @@ def test_what_has_no_softcap_says_so() -> None:
     job = Job(Shape("capped", 24, 96, 16, softcap=5.0), "fp32", "trained")
     rows = measure(job, [method("baseline"), EXACT], CPU, repeat=1, say=lambda _: None)
     assert {row["status"] for row in rows} == {"ok"}
+
+
+@pytest.mark.gpu
+def test_a_step_is_timed_as_a_cuda_graph_too() -> None:
+    """And one that reads a value back is not."""
+
+    def waits(softcap: float | None) -> Any:
+        return lambda e, c, t: (e @ c.T).logsumexp(1).mean() * float(t.numel() == 1 + int(t.sum() * 0 + t.numel() - 1))
+
+    job = Job(Shape("small", 256, 4096, 64), "bf16", "init")
+    rows = measure(job, [EXACT, Method("waits", "test", waits)], torch.device("cuda"), repeat=1, say=lambda _: None)
+    ours = by_kind(rows, "cce_exact")["loss-fw-bw"]
+    assert ours["graph_ms"] > 0 and ours["uncaptured"] == ""
+    others = [row for row in rows if row["method"] == "waits" and row["kind"] == "loss-fw-bw"]
+    assert all(row["status"] == "failed" or row["uncaptured"] for row in others)
