@@ -95,8 +95,14 @@ class Call:
         return tiled_softmax(*arguments, Blocks(width, -(-len(c) // width)), self.stages)
 
     def share_softmax(self, other: Call) -> None:
-        """Takes over the softmax of a call that differs in later stages alone, where that was kept."""
-        self._kept = other._kept
+        """Takes over the softmax of another call of the same problem and objective, where it is the same and kept."""
+        if self._softmax_key() == other._softmax_key():
+            self._kept = other._kept
+
+    def _softmax_key(self) -> tuple[object, ...]:
+        """All of the plan and the stages that the softmax and its blocks depend on."""
+        first = self.stages & {Stage.LOGITS, Stage.SOFTMAX}
+        return self.variant.path, self.variant.sort_vocabulary, self.height, self.width_of_sums, self.machine, first
 
     def head(self, name: str) -> Computed:
         """A head of all valid tokens, (M,)."""

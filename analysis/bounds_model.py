@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce_precision.analysis.metrics import binade
 from cce_precision.numerics import unit_roundoff
 
 __all__ = [
@@ -49,11 +50,9 @@ def half_ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     Between u/2 and u of the magnitude; in the subnormal range half the smallest subnormal.
     """
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(magnitude)
-    error = torch.ldexp(torch.full_like(magnitude, info.eps / 2), exponent - 1)
-    error = error.clamp(min=info.smallest_normal * info.eps / 2)
-    error = torch.where(magnitude < info.max * (1 + info.eps / 4), error, torch.inf)
-    return torch.where(magnitude == 0, 0.0, error)
+    error = binade(magnitude).mul_(info.eps / 2).clamp_(min=info.smallest_normal * info.eps / 2)
+    error.masked_fill_(~(magnitude < info.max * (1 + info.eps / 4)), torch.inf)
+    return error.masked_fill_(magnitude == 0, 0.0)
 
 
 def _lowest_bit(x: Tensor, bits: int) -> Tensor:
@@ -333,8 +332,10 @@ class Computed:
 
     def rounded(self, p: Precision, times: int = 1) -> Computed:
         """After `times` relative errors of u, and the underflow of one operation."""
-        lost = (times * p.u * (1 + times * p.u)) * self.upper
-        return Computed(self.value, self.error + lost + torch.where(self.upper > 0, p.tiny, 0.0))
+        upper = self.upper
+        underflow = torch.where(upper > 0, p.tiny, 0.0)
+        lost = upper.mul_(times * p.u * (1 + times * p.u))
+        return Computed(self.value, lost.add_(self.error).add_(underflow))
 
     def stored(self, dtype: torch.dtype) -> Computed:
         """After one rounding to nearest to `dtype`."""

@@ -90,6 +90,7 @@ class Steps:
         self.exact = truth(problem, self.objective) if exact is None else exact
         self._results: dict[tuple[Any, ...], Result] = {}
         self._bounds: dict[tuple[Any, ...], Quantities] = {}
+        self._last: Call | None = None  # whose softmax the next bounds may share
 
     def plan(self, variant: Variant) -> Plan:
         return Plan(variant, softcap=self.problem.softcap, temperature=self.problem.temperature)
@@ -114,13 +115,12 @@ class Steps:
     def bounds(self, variant: Variant) -> list[Quantities]:
         """Elementwise bounds of the error of the first 1, 2, ... stages."""
         found: list[Quantities] = []
-        before: Call | None = None
         for key, stages in self._prefixes(variant):
             if key not in self._bounds:
                 call = Call(self.problem, self.plan(variant), self.objective, CPU, stages)
-                if before is not None and Stage.SOFTMAX in before.stages:
-                    call.share_softmax(before)
-                self._bounds[key], before = call.quantities(self.seed), call
+                if self._last is not None:
+                    call.share_softmax(self._last)
+                self._bounds[key], self._last = call.quantities(self.seed), call
             found.append(self._bounds[key])
         return found
 

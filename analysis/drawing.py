@@ -15,6 +15,7 @@ from cce_precision.analysis.figures import Figure, Panel, mark, text_colour
 
 __all__ = ["draw", "plotly_figure"]
 
+DPI = 144  # of a PNG
 INK, GRID = "#1f2328", "#e3e6ea"
 GAP, WIDE_GAP = 0.2, 0.27  # between panels: names of curves, or an axis' own; names of bars with their totals
 LEGEND = {
@@ -247,6 +248,7 @@ def draw(figure: Figure, *paths: Path) -> None:
     import matplotlib.pyplot as plt
 
     settings: dict[Any, Any] = {
+        "figure.dpi": DPI,  # laid out as it is drawn
         "svg.fonttype": "none",
         "svg.hashsalt": figure.name,
         "font.family": "sans-serif",
@@ -273,7 +275,7 @@ def draw(figure: Figure, *paths: Path) -> None:
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # laid out once, for all files
         for path in paths:
-            fig.savefig(path, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+            fig.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
         plt.close(fig)
 
 

@@ -11,7 +11,8 @@ import pickle
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
@@ -77,16 +78,43 @@ def pool(workers: int | None = None) -> Engine:
         if count <= 1:
             yield from local(sweep, cells)
             return
-        executor = ProcessPoolExecutor(count, get_context("spawn"), _adopt, (pickle.dumps(sweep),))
-        try:
-            futures = {executor.submit(_work, cell): cell for cell in cells}
-            for future in as_completed(futures):
-                error = future.exception()
-                yield futures[future], future.result() if error is None else reason(error)
-        finally:
-            executor.shutdown(cancel_futures=True)
+        yield from _dispatch(count, sweep, list(cells))
 
     return run
+
+
+def _executor(sweep: Sweep) -> ProcessPoolExecutor:
+    """A process of its own."""
+    return ProcessPoolExecutor(1, get_context("spawn"), _adopt, (pickle.dumps(sweep),))
+
+
+def _dispatch(count: int, sweep: Sweep, waiting: list[Cell]) -> Iterator[Result]:
+    """Each process stays with a group of cells, then takes one that no other is at; at the end they share the rest."""
+    executors = [_executor(sweep) for _ in range(count)]
+    running: dict[Future[list[Row] | str], tuple[int, Cell]] = {}
+
+    def give(worker: int, before: Cell | None) -> None:
+        if waiting:
+            others = {cell.group for _, cell in running.values()}
+            stays = lambda cell: before is not None and cell.group == before.group  # noqa: E731
+            cell = min(waiting, key=lambda cell: (not stays(cell), cell.group in others))
+            waiting.remove(cell)
+            running[executors[worker].submit(_work, cell)] = worker, cell
+
+    try:
+        for worker in range(count):
+            give(worker, None)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                worker, cell = running.pop(future)
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    executors[worker] = _executor(sweep)
+                give(worker, cell)
+                yield cell, future.result() if error is None else reason(error)
+    finally:
+        for executor in executors:
+            executor.shutdown(cancel_futures=True)
 
 
 def spread(workers: int | None = None) -> Engine:

@@ -40,6 +40,7 @@ __all__ = [
     "Row",
     "Worst",
     "bias",
+    "binade",
     "by_complement",
     "by_count",
     "cosine_deficit",
@@ -54,6 +55,7 @@ __all__ = [
     "worst",
 ]
 
+FP64_EXPONENT = 0x7FF0000000000000  # the bits of an fp64 number that hold its exponent
 TILE = 128  # rows whose errors may depend on each other
 ULP_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0, 256.0, 1024.0, math.inf)
 COMPLEMENT_EDGES = (0.0, 1e-6, 1e-4, 1e-2, 1e-1, math.inf)
@@ -100,11 +102,15 @@ def significant_bits(dtype: torch.dtype) -> int:
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
+def binade(magnitude: Tensor) -> Tensor:
+    """The largest power of two that is not above each magnitude, fp64; 0 below the normal numbers, inf for NaN."""
+    return (magnitude.double().view(torch.int64) & FP64_EXPONENT).view(torch.float64)
+
+
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """Spacing of the numbers of `dtype` around `magnitude`; the subnormals' spacing below the smallest normal."""
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(magnitude.double().clamp(min=info.smallest_normal))
-    return torch.ldexp(torch.full_like(magnitude, info.eps, dtype=torch.float64), exponent - 1)
+    return binade(magnitude.double().clamp(min=info.smallest_normal)) * info.eps
 
 
 def ulps(out: Tensor, exact: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -304,6 +310,7 @@ def rows(
     scale: Tensor | None = None,
     strata: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    floor: float | None = None,
 ) -> Iterator[Row]:
     """All metrics of the module's list for one tensor.
 
@@ -311,6 +318,7 @@ def rows(
         out: the result, any float dtype; exact: the truth, fp64, of the same shape; (N,) or (N, D).
         radius: the truth's certificate. scale: |x| |W|, as `references.magnitudes` gives it.
         strata: named masks over rows. dtype: in which ulps, bits and floor count; None: that of `out`.
+        floor: `floor_error` of the truth in that dtype, where the caller has it already.
 
     Raises: ValueError where shapes differ.
     """
@@ -319,7 +327,7 @@ def rows(
     if out.numel() == 0:
         return
     grades = Grades(out, exact, radius, scale, dtype)
-    for metric, value in _whole(grades):
+    for metric, value in _whole(grades, floor):
         yield Row(quantity, metric, value)
     if scale is not None:
         error = grades.error
@@ -339,12 +347,12 @@ def rows(
                 yield Row(quantity, f"{metric}:{name}", value)
 
 
-def _whole(grades: Grades) -> Iterator[tuple[str, float]]:
+def _whole(grades: Grades, floor: float | None) -> Iterator[tuple[str, float]]:
     out, exact, radius = grades.out, grades.exact, grades.radius
     rel = grades.relative()
     yield "rel", rel
     yield "growth", grades.growth()
-    yield "floor", floor_error(exact, grades.dtype)
+    yield "floor", floor_error(exact, grades.dtype) if floor is None else floor
     if radius is not None:
         yield "certificate", _ratio(float(radius.norm()), float(exact.norm()))
     yield "bits", effective_bits(rel, grades.dtype)
@@ -367,7 +375,7 @@ def _ulp_rows(grades: Grades) -> Iterator[tuple[str, float]]:
     yield "ulp_max", float(distance.max())
     below = 0.0
     for edge in ULP_EDGES:
-        share = int((distance <= edge).sum()) / distance.numel()
+        share = int((distance <= edge).count_nonzero()) / distance.numel()
         yield f"ulp_share:{edge:g}", share - below
         below = share
     at = grades.worst()

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -45,13 +45,16 @@ __all__ = ["Cell", "Failure", "Outcome", "Sweep", "identity", "parse_eps", "plan
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRID = tuple(2.0**-k for k in range(4, 25, 2))
 RUN = 128  # tokens of a tile
-CALLS = 3  # that a time is the best of, where it answers what is cheapest
+CALLS = 3  # most calls that a time is the best of, where it answers what is cheapest
+AGREE = 1.05  # the best is repeated as often until two calls differ by less
+GRADIENTS = ("dE", "dC", "dbias")
 BUDGET = 256  # tokens of a budget
 SHAPE = (1024, 8192, 128)  # tokens, vocabulary, width of synthetic cases: that of the captured head
 KEY = ("case", "stage", "variant", "dtype", "n", "v", "d", "eps", "seed", "quantity", "metric")
 COLUMNS = (*KEY, "value", "commit", "versions", "device", "command")
 
 Row = dict[str, Any]
+Head = TypeVar("Head", bound=Problem)
 
 
 def digest(problem: Problem) -> str:
@@ -77,8 +80,13 @@ class Cell:
     variant: str
     eps: float | None
     seed: int
-    calls: int = 1  # of which the fastest is the time
+    calls: int = 1  # at most, of which the fastest is the time
     budget: bool = False
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Cells of one group share what is computed once: best one after the other in one process."""
+        return self.case, self.stage, self.dtype, self.budget
 
     def __str__(self) -> str:
         what = self.variant or "softmax"
@@ -193,11 +201,12 @@ def some_rows(n: int, tokens: int) -> list[int]:
     return [row + (n - tokens) * i // runs for i in range(runs) for row in range(cuts[i], cuts[i + 1])]
 
 
-def _some(case: Case, tokens: int | None) -> Case:
-    if tokens is None or tokens >= case.n:
-        return case
-    rows = torch.tensor(some_rows(case.n, tokens))
-    return dataclasses.replace(case, e=case.e[rows], targets=case.targets[rows])
+def _some(problem: Head, tokens: int | None) -> Head:
+    """The problem with so many of its tokens."""
+    if tokens is None or tokens >= problem.n:
+        return problem
+    rows = torch.tensor(some_rows(problem.n, tokens))
+    return dataclasses.replace(problem, e=problem.e[rows], targets=problem.targets[rows])
 
 
 def plan(
@@ -250,100 +259,137 @@ def plan(
 
 # -- one cell ----------------------------------------------------------------------------------------------------------
 
-# The truth of the cells that ran last (cells of one subject and dtype follow each other), and what has run before it is
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the cells of one subject and dtype share, computed when the first of them asks."""
+
+    problem: Problem  # operands rounded to the dtype
+    kept: dict[tuple[Any, ...], tuple[float, float]] = dataclasses.field(default_factory=dict)  # by filters of dE
+
+    @functools.cached_property
+    def exact(self) -> Truth:
+        """The truth of exactly those operands."""
+        return truth(self.problem, Objective(reduction="none"))
+
+    @functools.cached_property
+    def floors(self) -> dict[str, float]:
+        """`floor_error` of the gradients."""
+        return {name: metrics.floor_error(getattr(self.exact, name), self.problem.operand_dtype) for name in GRADIENTS}
+
+
+# Those of the cells that ran last (cells of one subject and dtype follow each other), and what has run before it is
 # timed: (path, dtype).
-_PREPARED: dict[tuple[str, str], tuple[Problem, Truth]] = {}
+_PREPARED: dict[tuple[str, str], Prepared] = {}
 _WARM: set[tuple[str, torch.dtype]] = set()
 _STEPS: dict[tuple[str, str, int], budgets.Steps] = {}
 
 
-def _prepared(sweep: Sweep, cell: Cell) -> tuple[Problem, Truth]:
-    """Operands rounded to the dtype, and the truth of exactly those; computed once for all cells that share them."""
+def _prepared(sweep: Sweep, cell: Cell) -> Prepared:
+    """Computed once for all cells that share it."""
     key = (sweep.digests[cell.case, cell.stage], cell.dtype)
     if key not in _PREPARED:
+        _PREPARED.clear()
         case, dtype = sweep.subject(cell), DTYPES[cell.dtype]
         bias = None if case.bias is None else case.bias.to(dtype)
-        problem = dataclasses.replace(case, e=case.e.to(dtype), c=case.c.to(dtype), bias=bias)
-        _PREPARED.clear()
-        _PREPARED[key] = problem, truth(problem, Objective(reduction="none"))
+        _PREPARED[key] = Prepared(dataclasses.replace(case, e=case.e.to(dtype), c=case.c.to(dtype), bias=bias))
     return _PREPARED[key]
 
 
 def measure(sweep: Sweep, cell: Cell) -> list[Row]:
     """The rows of one cell, without provenance. Each token's loss has the upstream gradient 1, as for a sum."""
-    problem, exact = _prepared(sweep, cell)
+    prepared = _prepared(sweep, cell)
+    problem = prepared.problem
     where = dataclasses.asdict(cell) | {"n": problem.n, "v": problem.v, "d": problem.d}
     where["eps"] = math.nan if cell.eps is None else cell.eps
     if cell.budget:
         found = _budget(sweep, cell, problem)
     elif cell.variant:
-        found = _graded(problem, exact, sweep.variant(cell).with_eps(cell.eps), cell)
+        found = _graded(prepared, sweep.variant(cell).with_eps(cell.eps), cell)
     else:
         found = _softmax(problem)
     return [where | {"quantity": q, "metric": m, "value": float(v)} for q, m, v in found]
 
 
-def _graded(problem: Problem, exact: Truth, variant: Variant, cell: Cell) -> Iterator[tuple[str, str, float]]:
-    e, c = problem.e.detach().requires_grad_(), problem.c.detach().requires_grad_()
-    bias = None if problem.bias is None else problem.bias.detach().requires_grad_()
-    call = functools.partial(
-        linear_cross_entropy,
-        e,
-        c,
+def _graded(prepared: Prepared, variant: Variant, cell: Cell) -> Iterator[tuple[str, str, float]]:
+    problem, exact = prepared.problem, prepared.exact
+    seconds, loss, gradients = _timed(problem, variant, cell)
+    yield "time", "seconds", seconds
+    tokens = metrics.by_complement(exact.p_complement, problem.targets >= 0)
+    words = metrics.by_count(problem.targets, problem.v)
+    yield from metrics.rows("loss", loss, exact.loss, radius=exact.radius.loss, strata=tokens)
+    for name, gradient in gradients.items():
+        right, radius, strata = getattr(exact, name), getattr(exact.radius, name), tokens if name == "dE" else words
+        yield from metrics.rows(name, gradient, right, radius=radius, strata=strata, floor=prepared.floors[name])
+    d_c = gradients["dC"]
+    empty = (d_c == 0).all(1) & (exact.dC.to(d_c.dtype) != 0).any(1)
+    yield "dC", "empty_rows", float(empty.double().mean())
+    # Of all that makes a variant, this much decides what its filter of dE keeps.
+    draw = cell.seed if variant.random else 0
+    key = (variant.path, variant.filter_e, variant.sort_vocabulary, variant.tile, draw)
+    if key not in prepared.kept:
+        prepared.kept[key] = _kept(problem, variant, cell)
+    yield from zip(("filter", "filter"), ("dropped_mass", "hits"), prepared.kept[key], strict=True)
+
+
+def _call(problem: Problem, variant: Variant, cell: Cell, **options: Any) -> Any:
+    return linear_cross_entropy(
+        problem.e,
+        problem.c,
         problem.targets,
-        bias,
+        problem.bias,
         ignore_index=-1,
         softcap=problem.softcap,
         reduction="none",
         impl=variant,
         seed=cell.seed if variant.random else None,
+        **options,
     )
 
-    def step() -> Tensor:
-        for leaf in (e, c, bias):
-            if leaf is not None:
-                leaf.grad = None
-        loss = cast(Tensor, call())
-        loss.backward(torch.ones_like(loss))
-        return loss.detach()
 
+def _step(problem: Problem, variant: Variant, cell: Cell) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """Seconds of a call with its backward pass, the loss, and the gradients by name."""
+    named = zip(GRADIENTS, (problem.e, problem.c, problem.bias), strict=True)
+    leaves = {name: x.detach().requires_grad_() for name, x in named if x is not None}
+    fields = {"e": leaves["dE"], "c": leaves["dC"], "bias": leaves.get("dbias")}
+    given = dataclasses.replace(problem, **fields)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    loss = _call(given, variant, cell)
+    loss.backward(torch.ones_like(loss))
+    seconds = time.perf_counter() - started
+    return seconds, loss.detach(), {name: x.grad for name, x in leaves.items() if x.grad is not None}
+
+
+def _timed(problem: Problem, variant: Variant, cell: Cell) -> tuple[float, Tensor, dict[str, Tensor]]:
+    """A step, with the least of the seconds of the cell's calls."""
     if (variant.path.value, problem.operand_dtype) not in _WARM:
-        step()
+        _step(_some(problem, RUN), variant, cell)
         _WARM.add((variant.path.value, problem.operand_dtype))
-    seconds = math.inf
-    for _ in range(cell.calls):
-        started = time.perf_counter()
-        loss = step()
-        seconds = min(seconds, time.perf_counter() - started)
-    yield "time", "seconds", seconds
-    tokens = metrics.by_complement(exact.p_complement, problem.targets >= 0)
-    words = metrics.by_count(problem.targets, problem.v)
-    yield from metrics.rows("loss", loss, exact.loss, radius=exact.radius.loss, strata=tokens)
-    for name, leaf, strata in (("dE", e, tokens), ("dC", c, words), ("dbias", bias, words)):
-        if leaf is not None and leaf.grad is not None:
-            right, radius = getattr(exact, name), getattr(exact.radius, name)
-            yield from metrics.rows(name, leaf.grad, right, radius=radius, strata=strata)
-    assert c.grad is not None
-    empty = (c.grad == 0).all(1) & (exact.dC.to(c.dtype) != 0).any(1)
-    yield "dC", "empty_rows", float(empty.double().mean())
-    with torch.no_grad():
-        stats = cast(LinearCrossEntropyOutput, call(return_stats=True)).stats
+    seconds, loss, gradients = _step(problem, variant, cell)
+    for _ in range(cell.calls - 1):
+        before, again = seconds, _step(problem, variant, cell)[0]
+        seconds = min(before, again)
+        if max(before, again) < AGREE * seconds:
+            break
+    return seconds, loss, gradients
+
+
+@torch.no_grad()
+def _kept(problem: Problem, variant: Variant, cell: Cell) -> tuple[float, float]:
+    """The mass of the softmax that the filter of dE drops, and how many entries a row it keeps: means over tokens."""
+    stats = cast(LinearCrossEntropyOutput, _call(problem, variant, cell, return_stats=True)).stats
     assert stats is not None
     counted = problem.targets >= 0
-    kept = stats.kept_mass[counted].double()
-    yield "filter", "dropped_mass", float((1 - kept).mean())
-    yield "filter", "hits", float(stats.hits[counted].double().mean())
+    kept, hits = stats.kept_mass[counted].double(), stats.hits[counted].double()
+    return float((1 - kept).mean()), float(hits.mean())
 
 
 def _budget(sweep: Sweep, cell: Cell, problem: Problem) -> Iterator[tuple[str, str, float]]:
     """Where the errors of loss, dE and dC come from, and their bounds, on some of the tokens."""
     key = (sweep.digests[cell.case, cell.stage], cell.dtype, cell.seed)
     if key not in _STEPS:
-        rows = torch.tensor(some_rows(problem.n, min(BUDGET, problem.n)))
         _STEPS.clear()
-        _STEPS[key] = budgets.Steps(
-            dataclasses.replace(problem, e=problem.e[rows], targets=problem.targets[rows]), seed=cell.seed
-        )
+        _STEPS[key] = budgets.Steps(_some(problem, BUDGET), seed=cell.seed)
     steps = _STEPS[key]
     yield "budget", "tokens", steps.problem.n
     for name, found in budgets.budget(steps, sweep.variant(cell).with_eps(cell.eps)).items():
