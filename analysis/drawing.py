@@ -273,7 +273,7 @@ def draw(figure: Figure, *paths: Path) -> None:
                 list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False, fontsize=9
             )
         fig.draw_without_rendering()
-        fig.set_layout_engine("none")  # laid out once, for all files
+        fig.set_layout_engine(None)  # laid out once, for all files
         for path in paths:
             fig.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
         plt.close(fig)
