@@ -17,8 +17,6 @@ import hashlib
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from cce_precision.analysis import metrics
 from cce_precision.analysis.capture import STAGES
 from cce_precision.analysis.cases import Case, describe, find, from_file
 from cce_precision.analysis.references import Objective, Truth, truth
+from cce_precision.analysis.sweep_provenance import provenance
 from cce_precision.numerics import Path as CodePath
 from cce_precision.numerics import Variant, auto_eps
 from cce_precision.problem import Problem
@@ -431,35 +430,6 @@ def _source_digest() -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources))).hexdigest()
 
 
-def _git(*args: str) -> str:
-    try:
-        return subprocess.run(
-            ("git", *args), cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _device() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def provenance(sweep: Sweep, command: str) -> dict[str, str]:
-    """Where a table comes from: commit, versions, device, command."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
-        commit += " with changes"
-    versions = f"cce-precision {cce_precision.__version__}, torch {torch.__version__}, "
-    versions += f"Python {platform.python_version()}, {platform.system()}"
-    device = f"{_device()}, {sweep.threads} thread{'s' * (sweep.threads > 1)} a cell"
-    return {"commit": commit or "no git checkout", "versions": versions, "device": device, "command": command}
-
-
 def _write(path: Path, text: str) -> None:
     """All of the file or nothing."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
@@ -495,7 +465,7 @@ def run(
             _write(files[cell], json.dumps(result))
         on_cell(cell, result if isinstance(result, str) else None)
     rows = [row for file in files.values() if file.exists() for row in json.loads(file.read_text())]
-    table = pd.DataFrame(rows, columns=[*KEY, "value"]).assign(**provenance(sweep, command))[list(COLUMNS)]
+    table = pd.DataFrame(rows, columns=[*KEY, "value"]).assign(**provenance(sweep.threads, command))[list(COLUMNS)]
     table = table.sort_values(list(KEY), kind="stable", ignore_index=True)
     table = table.astype({"eps": float, "value": float, "n": int, "v": int, "d": int, "seed": int})
     draft = out / "results.parquet.tmp"

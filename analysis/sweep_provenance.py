@@ -1,0 +1,43 @@
+"""Where a sweep's table comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import cce_precision
+
+__all__ = ["provenance"]
+
+
+def _git(*args: str) -> str:
+    try:
+        return subprocess.run(
+            ("git", *args), cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _device() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def provenance(threads: int, command: str) -> dict[str, str]:
+    """Commit, versions, device and its threads a cell, command."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
+        commit += " with changes"
+    versions = f"cce-precision {cce_precision.__version__}, torch {torch.__version__}, "
+    versions += f"Python {platform.python_version()}, {platform.system()}"
+    device = f"{_device()}, {threads} thread{'s' * (threads > 1)} a cell"
+    return {"commit": commit or "no git checkout", "versions": versions, "device": device, "command": command}
