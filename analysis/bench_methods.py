@@ -178,13 +178,13 @@ DEFAULT = {
 @functools.cache
 def method(text: str) -> Method:
     """The method called `text`; one of ours may name its workspace (cce_exact@4096MB) or its filter's settings
-    (cce_unbiased@2^-14); auto@TOLERANCE or auto@TOLERANCE,WORKSPACE is impl="auto".
+    (cce_unbiased@2^-14); auto@TOLERANCE or auto@TOLERANCE/WORKSPACE is impl="auto".
 
     Raises ValueError for an unknown name, listing the known ones and the nearest.
     """
     if text in METHODS:
         return METHODS[text]
-    if match := re.fullmatch(r"auto@([\d.]+(?:e-?\d+)?)(?:,(\d+)(?:MB|MiB)?)?", text):
+    if match := re.fullmatch(r"auto@([\d.]+(?:e-?\d+)?)(?:/(\d+)(?:MB|MiB)?)?", text):
         return _auto(text, float(match[1]), None if match[2] is None else int(match[2]))
     if match := re.fullmatch(r"([\w-]+)@(\d+)(?:MB|MiB)?", text):
         if int(match[2]) == 0:

@@ -147,8 +147,8 @@ def test_a_first_call_that_takes_too_long_is_skipped() -> None:
 
 
 def test_auto_takes_a_variant_by_tolerance_and_workspace() -> None:
-    one = method("auto@5e-3,64MB")
-    assert (one.name, one.family) == ("auto@5e-3,64MB", "ours")
+    one = method("auto@5e-3/64MB")
+    assert (one.name, one.family) == ("auto@5e-3/64MB", "ours")
     rows = measure(TINY, [one, method("auto@1e-9")], CPU, repeat=1, say=lambda _: None)
     assert max(by_kind(rows, one.name)["loss-fw-bw"][f"{side}_error"] for side in ("dE", "dC")) <= 5e-3
     hopeless = by_kind(rows, "auto@1e-9")["loss-fw-bw"]
