@@ -9,7 +9,8 @@
     turn     on CUDA a method repeats its step for 0.2 s, and the second half counts: a GPU lowers its clock under load
              within tens of milliseconds, and training is load. On a CPU one step
     graph    on CUDA, after the last round, the whole step as one CUDA graph, replayed for a turn: the host's time to
-             launch kernels is left out. A method that waits for the device in its step cannot be one, and has no time
+             launch kernels is left out. Of our methods and PyTorch's alone: those of cut-cross-entropy and Liger wait
+             for the device in their step, and a capture that fails leaves PyTorch's generator unusable
     product  torch.mm(e, c^T) into memory that is there already, in the same rounds and the same way: the unit of
              "x product"
     memory   the most that PyTorch's allocator had handed out beyond the inputs; gradients count, a library's own
@@ -166,13 +167,17 @@ def provenance() -> Row:
 
 
 def read(out: Path) -> list[Row]:
-    """The rows of a folder; of a job that was measured twice, the later ones."""
+    """The rows of a folder; of a method that a job measured twice the later ones, unless it did not run then."""
     lines = (out / "rows.jsonl").read_text().splitlines() if (out / "rows.jsonl").exists() else []
+    runs: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sorted(map(json.loads, filter(None, lines)), key=lambda row: str(row["measured_at"])):
+        runs.setdefault((*(row[k] for k in JOB_KEY), row["method"], row["measured_at"]), []).append(row)
     jobs: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
-    for row in map(json.loads, filter(None, lines)):
-        key = tuple(row[k] for k in JOB_KEY)
-        jobs.setdefault(key, {}).setdefault(row["measured_at"], []).append(row)
-    return [row for runs in jobs.values() for row in runs[max(runs)]]
+    for (*key, name, _), rows in runs.items():
+        methods = jobs.setdefault(tuple(key), {})
+        if name not in methods or rows[0]["status"] != "skipped":
+            methods[name] = rows
+    return [row for methods in jobs.values() for rows in methods.values() for row in rows]
 
 
 def _write(out: Path, rows: list[Row]) -> None:

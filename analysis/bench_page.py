@@ -236,7 +236,8 @@ def write(rows: list[Row], out: Path) -> Path:
     answers = "".join(f"<p>{html.escape(_title(job[0]))}. {_answer(job)}</p>" for job in jobs)
     tables = "".join(f"<h3>{html.escape(_title(job[0]))}</h3>{_html_table(job)}" for job in jobs)
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    made = f"{first['device']}; {first['versions']}; commit {first['commit']}; {first['measured_at']}"
+    runs = dict.fromkeys(f"commit {row['commit']}, {row['measured_at']}" for row in rows)
+    made = f"{first['device']}; {first['versions']}; {'; '.join(runs)}. A time's unit is the product in its run."
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>cce_precision: time, memory and error</title><style>{STYLE}</style></head><body>

@@ -178,7 +178,7 @@ def walk(
     start = 0
     while start < v:
         width, room = room_for(start, n * dtype.itemsize * parts, pool, d_c, WIDEST)
-        if by_hopper:
+        if by_hopper and active is None:  # what may be left undone goes in as few launches as can be
             width = best_width(n, v - start, d, width, parts, wanted, multiprocessors(e.device))
         stop = min(start + width, v)
         operands = list(room.view(dtype)[: parts * n * width].view(parts, n, width)[:, :, : stop - start])

@@ -223,7 +223,7 @@ def tail_by_runs(
         pool = torch.empty(NARROWEST * column, dtype=torch.uint8, device=e.device)
     start = 0
     while start < v:
-        width, room = room_for(start, column, pool, d_c, WIDEST)
+        width, room = room_for(start, column, pool, d_c, -(-v // 256) * 256)
         stop = min(start + width, v)
         sums = None if d_c is None else room.view(torch.float32)[: width * d].view(width, d)[: stop - start]
         x = room[4 * d * width :].view(dtype).view(tail.part.n, width)[:, : stop - start]
