@@ -187,22 +187,22 @@ class _Tiled:
         x = self._from_probabilities(p_hat, s, f)
         if label is not None:
             x = label.column().where(is_target, x)
-        full = self._from_probabilities(whole, s, f).value if filt and not filt.by_tile else x.value
+        full = self._from_probabilities(whole, s, f) if filt and not filt.by_tile else x
         if survives is not None:
             x = Computed(x.value * (survives > 0), torch.where(survives == 1, x.upper, x.error * (survives > 0)))
         if self.smooth_inside:
             assert f.smooth is not None
-            part = f.smooth.column() * self.weight
-            x, full = (x - part.rounded(p)).rounded(p), full - part.value
+            part = (f.smooth.column() * self.weight).rounded(p)
+            x, full = (x - part).rounded(p), (full - part).rounded(p)
         if s.slope is not None:
-            x, full = (x * s.slope).rounded(p), full * s.slope.value
+            x, full = (x * s.slope).rounded(p), (full * s.slope).rounded(p)
         change = unsure = None
         if filt:
-            change = x.value - full
-            # the error of the fp64 softmax against that of the computed one
+            change = x.value - full.value
+            # the error in fp64 against that of what is computed: of P, and of the factors, lse and entropy among them
             own = 1.0 if self.problem.compute_dtype is torch.float64 else 2.0**-20
-            relative = torch.where(s.p.value > 0, s.p.error / s.p.value, 0.0).clamp(max=1.0)
-            unsure = change.abs() * relative * own + 2.0**-50 * (x.value.abs() + full.abs()) * (change != 0)
+            unsure = own * (x.error + full.error) + 2.0**-50 * (x.value.abs() + full.value.abs())
+            unsure = torch.where(change != 0, unsure, 0.0)
         return _Dz(x, self._operand(x, whole, filt), change, unsure, None if self.smooth_inside else executed)
 
     def _from_probabilities(self, p_hat: Computed, s: Softmax, f: Factors) -> Computed:

@@ -192,7 +192,8 @@ def _power(log_p: Tensor, off: Tensor, a: Arithmetic) -> Computed:
 def _losses(x: Exact, a: Arithmetic, tiles: int, depth: int) -> tuple[Computed, Computed, Tensor]:
     """nll and lse (B,), and what the lse's own arithmetic loses."""
     some, target = x.rest_sum > 0, x.z_t.isfinite()  # both, unless there is one class, or the target is masked
-    both, delta, moved = some & target, x.delta.amax(1), Exact.moved(x.q, x.delta)
+    both, moved = some & target, Exact.moved(x.q, x.delta)
+    delta = torch.maximum(x.delta.amax(1), x.delta_t)
     top = torch.where(some, x.rest_max, 0.0)
     s = _Sum.of(x, x.q, top, a, tiles, depth)
     mean, square = (x.q * s.distance).sum(1) * x.growth, (x.q * s.distance**2).sum(1) * x.growth
@@ -256,7 +257,7 @@ def _entropy(x: Exact, a: Arithmetic, tiles: int, depth: int) -> Computed:
 def _smooth(x: Exact, a: Arithmetic, weight: Tensor, lse_arithmetic: Tensor, tiles: int, capped: bool) -> Computed:
     """Over the splits, W (lse - o / T) - sum_j w_j (capped logit_j - o) / T, o the largest of a split's first tile."""
     v, ones = x.z.shape[1], bool((weight == 1).all())
-    delta, finite = x.delta.amax(1), torch.where(x.z.isfinite(), x.z, 0.0)
+    delta, finite = x.raw.amax(1), torch.where(x.z.isfinite(), x.z, 0.0)
     high, low = finite.amax(1), finite.amin(1)
     value = (weight * (x.lse[:, None] - x.z)).sum(1)
     offset = high if tiles == 1 else torch.maximum(high.abs(), low.abs())

@@ -179,7 +179,7 @@ def _tiled_smooth(
 ) -> Computed:
     """W (lse - o) - sum_j w_j (z_j - o) with o the largest logit of the first block."""
     offset = x.z[:, : blocks.width].amax(1).nan_to_num(neginf=0.0)
-    delta = x.delta.amax(1)
+    delta = x.raw.amax(1)
     value = (weight * (x.lse[:, None] - x.z)).sum(1)
     spread = weight.abs() * ((x.z - offset[:, None]).abs() + 2 * delta[:, None])
     in_block = machine.sum_depth(blocks.width) if bool((weight == 1).all()) else blocks.width
@@ -242,8 +242,8 @@ def plain_softmax(
     gaps = weight.abs() * (z.lse[:, None] - z.z).abs()
     depth = machine.sum_depth(problem.v) if bool((weight == 1).all()) else problem.v
     smooth_value = (weight * (z.lse[:, None] - z.z)).sum(1)
-    smooth = z.smooth_moved(weight) + weight.abs().sum() * (lse_arithmetic + (depth + 2) * p.u * (moved + delta))
-    smooth = smooth + (depth + 2) * p.u * gaps.sum(1)
+    own = lse_arithmetic + (depth + 2) * p.u * (moved + z.raw.amax(1))
+    smooth = z.smooth_moved(weight) + weight.abs().sum() * own + (depth + 2) * p.u * gaps.sum(1)
     return Softmax(
         y,
         slope,

@@ -85,14 +85,12 @@ class _SharedCall(Call):
         off = lse.error.amax(0)  # of a log-sum-exp: log sum_r q_r exp(error_r)
         new_lse = rounded(whole.lse.value, off)
         growth = lambda x: torch.expm1(x.clamp(max=LARGEST_EXPONENT))  # noqa: E731
-        nll_own, nll_off = (torch.where(own, x, 0).sum(0) for x in (nll.value, nll.error))
         z_t = torch.where(own, lse.value - nll.value, 0).sum(0)
         z_off = torch.where(own, lse.error + nll.error, 0).sum(0)
-        terms = torch.where(own, 0, torch.exp((lse.value - z_t).clamp(max=LARGEST_EXPONENT)))  # odds of other shares
-        odds = torch.expm1(nll_own.clamp(max=LARGEST_EXPONENT)) + terms.sum(0)
-        odds_off = torch.exp(nll_own.clamp(max=LARGEST_EXPONENT)) * growth(nll_off)
-        odds_off = odds_off + (terms * growth(lse.error + z_off)).sum(0)
-        relative = (odds_off / (1 + odds)).nan_to_num(nan=math.inf)
+        # exp(nll) is the sum of the own share's and of the odds of the others
+        terms = torch.softmax(torch.where(own, nll.value, lse.value - z_t), 0)
+        off_terms = growth(torch.where(own, nll.error, lse.error + z_off))
+        relative = (terms * off_terms).sum(0).nan_to_num(nan=math.inf)
         nll_error = torch.where(relative < 0.5, -torch.log1p(-relative.clamp(max=0.5)), torch.inf)
         nll_error = torch.where(whole.nll.value.isinf(), 0, nll_error)
         new_nll = rounded(whole.nll.value, nll_error)

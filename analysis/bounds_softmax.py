@@ -61,7 +61,7 @@ class Exact:
 
     z: Tensor  # (B, V)
     raw: Tensor  # (B, V) errors of the logits; infinite in rows where they leave nothing to say
-    delta: Tensor  # (B, V) the same, 0 where P underflows even in fp64, because that moves nothing
+    delta: Tensor  # (B, V) the same, 0 where P underflows even in fp64, because that moves nothing but the nll
     target: Tensor  # (B, 1)
     is_target: Tensor  # (B, V)
     rest_max: Tensor  # (B,) over the columns but the target
@@ -88,8 +88,10 @@ class Exact:
         gap = reference + torch.log(rest_sum) - z_t
         tail = torch.log1p(torch.exp(-gap.abs()))
         nll = gap.clamp(min=0) + tail
-        lse = torch.maximum(z_t + gap, z_t) + tail
-        lse = torch.where(z_t.isinf(), reference + torch.log(rest_sum), lse)
+        # the largest and a log1p: what lies near 0 keeps its digits, and a filter leaves errors in proportion to it
+        largest, index = value.max(1, keepdim=True)
+        distance = value - torch.where(largest.isinf(), 0.0, largest)
+        lse = largest[:, 0] + torch.log1p(torch.exp(distance.scatter(1, index, -torch.inf)).sum(1))
         complement = -torch.expm1(-nll)
         q = torch.where(rest_sum[:, None] > 0, terms / rest_sum[:, None], 0.0)
         p_t = torch.exp(-nll)
@@ -123,7 +125,8 @@ class Exact:
 
     @property
     def delta_t(self) -> Tensor:
-        return self.delta.gather(1, self.target)[:, 0]
+        """(B,) error of the target's logit, which moves the nll however small P_t is."""
+        return self.raw.gather(1, self.target)[:, 0]
 
     @staticmethod
     def moved(weights: Tensor, delta: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from cce_precision.analysis.bounds_model import (
     AMPERE,
     CPU,
     HOPPER,
+    INTERPRETER,
     Computed,
     Machine,
     Precision,
@@ -31,7 +32,7 @@ from cce_precision.analysis.bounds_model import (
 from cce_precision.analysis.bounds_tensor_core import running
 from cce_precision.analysis.fuzz import judge
 from cce_precision.analysis.fuzz_problems import Knobs, build, random_knobs
-from cce_precision.analysis.references import Objective
+from cce_precision.analysis.references import Objective, truth
 from cce_precision.analysis.tensor_core_tiles import CATEGORIES, GROUPS, operands, some_outputs
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import ALL
@@ -263,6 +264,24 @@ def test_infinite_where_nothing_can_be_said() -> None:
     problem = Problem(torch.full((2, 300), 6e4), torch.randn(5, 300).mul(1e4), torch.tensor([0, 1]))
     allowed = bound(problem, Plan(ALL["cce_exact"]))
     assert allowed.dE.isinf().all() and allowed.dC.isinf().all()
+
+
+@pytest.mark.parametrize("machine", [CPU, INTERPRETER])
+def test_a_target_whose_probability_underflows(machine: Machine) -> None:
+    """An error of its logit moves the nll, though it moves no probability. The other class's logit is exact; here the
+    target's is summed in the order of its features, of which the second half takes away what the first has added up.
+    """
+    g = torch.Generator().manual_seed(0)
+    e = torch.randn(64, 48, generator=g).abs().repeat(1, 2) * 8
+    c = torch.randn(48, generator=g).abs() * 64
+    e = torch.cat([torch.full((64, 1), 64.0), e], 1).bfloat16()
+    c = torch.stack([torch.cat([torch.tensor([64.0]), torch.zeros(96)]), torch.cat([torch.zeros(1), c, -c])]).bfloat16()
+    problem = Problem(e, c, torch.ones(64, dtype=torch.int64))
+    logit = torch.zeros(64)
+    for product in (e.float() * c[1].float()).T:
+        logit += product
+    assert (truth(problem).nll > 745).all()
+    assert (logit.abs() <= bound(problem, Plan(ALL["cce_exact"]), machine=machine, gradients=False).nll).all()
 
 
 def test_bounds_are_narrow() -> None:

@@ -154,6 +154,23 @@ FOUND = {
         use_entropy=True,
         z_loss=True,
     ),
+    "a target whose probability underflows: its logit's error is the nll's": Knobs(
+        n=128, v=129, d=2, impl="baseline", scale=0.25, margin=60.0, reduction="none", shift=2
+    ),
+    "the z-loss of a lse near 0, of dropped entries": Knobs(
+        seed=821443812,
+        n=8,
+        v=23,
+        d=1,
+        impl="cce_sparse",
+        e_dtype="fp32",
+        bias="fp32",
+        pattern="straddle",
+        temperature=0.5,
+        class_weight=True,
+        reduction="sum",
+        z_loss=True,
+    ),
 }
 FOUND_IN_KERNELS = {
     "masked classes in the entropy's gradient: 0 times an overflow": Knobs(
