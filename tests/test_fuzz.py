@@ -65,7 +65,7 @@ def test_campaign_in_other_processes_and_in_the_interpreter(tmp_path: Path) -> N
     found = campaign(2, tmp_path / "interpreter", seed=6, impls=names, backend="interpreter")
     assert found["problems"] == 2 and not found["violations"]
     assert "interpreter" in (tmp_path / "interpreter" / "index.md").read_text()
-    with pytest.raises(ValueError, match="backend must be one of eager, interpreter, cuda, got 'gpu'"):
+    with pytest.raises(ValueError, match="backend must be one of eager, interpreter, emulated, cuda, got 'gpu'"):
         campaign(1, tmp_path, backend="gpu")
     with pytest.raises(ValueError, match="none of the variants has a kernel"):
         campaign(1, tmp_path, backend="interpreter", impls=("baseline",))
