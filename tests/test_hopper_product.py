@@ -105,7 +105,8 @@ def test_library_agrees(
     impl: str, shape: tuple[int, int, int], dtype: torch.dtype, hot: bool, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two fp32 sums of the same terms in another order, rounded once: no element further apart than the rounding and
-    the sums' own error, n 2^-23 of the terms' magnitude (AGENTS.md's tensor cores truncate), most of them equal.
+    the sums' own error, n 2^-23 of the terms' magnitude (AGENTS.md's tensor cores truncate). Most are equal: two sums
+    that are 2^-24 apart for each 16 terms round apart with that probability over an ulp's.
     """
     problem = problem_of(*shape, dtype, hot)
     assert dense.finished_by_hopper(problem, Plan(variants.get(impl)))
@@ -122,7 +123,7 @@ def test_library_agrees(
         ulp = torch.finfo(dtype).eps * library.float().abs() + torch.finfo(dtype).smallest_normal
         apart = (got.float() - library.float()).abs()
         assert bool((apart <= ulp + terms * 2.0**-23 * library.float().abs().amax()).all()), name
-        assert (apart > 0).float().mean() < 0.01, name
+        assert (apart > 0).float().mean() < 0.01 + terms / 16 * 2.0**-24 / torch.finfo(dtype).eps, name
         if name == "dE":
             assert not got[problem.targets < 0].any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ import triton.language as tl  # noqa: E402
 
 from cce_precision.kernels import exact, filtered  # noqa: E402
 from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
+from cce_precision.kernels.entries import Buffers  # noqa: E402
 from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
@@ -44,7 +46,7 @@ def exact_problem(n: int = 12, v: int = 40, d: int = 4) -> Problem:
     return Problem(e, draw(v, d).bfloat16(), targets, draw(v).bfloat16())
 
 
-def overflow(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def overflow(monkeypatch: pytest.MonkeyPatch, hits: int = 3, entries: int = 4) -> list[Tensor]:
     """Makes the lists too short for any problem. The list returned collects what the device then decides."""
     seen: list[Tensor] = []
     original = filtered.entries_of
@@ -54,7 +56,7 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(entries.dense)
         return entries
 
-    monkeypatch.setattr(filtered, "capacities", lambda n, blocks, size: (3, 4))
+    monkeypatch.setattr(filtered, "capacities", lambda n, blocks, size: (hits, entries))
     monkeypatch.setattr(filtered, "entries_of", watched)
     return seen
 
@@ -110,11 +112,12 @@ def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatc
     [(impl, (True, True, True)) for impl in IMPLS]
     + [("cce_sparse", (True, False, False)), ("cce_unbiased", (False, True, True))],
 )
+@pytest.mark.parametrize("lists", [(3, 4), (150, 4)], ids=["hits", "entries"])
 def test_with_full_lists_the_gradient_is_exact(
-    impl: str, need: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+    impl: str, need: tuple[bool, bool, bool], lists: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several runs, whose dZ lies in the rows of dC that come later while there are enough."""
-    problem, seen = exact_problem(4, 800, 16), overflow(monkeypatch)
+    """Too many hits, or too many kept entries. Several runs, whose dZ lies in later rows of dC while there are enough."""
+    problem, seen = exact_problem(4, 800, 16), overflow(monkeypatch, *lists)
     monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
     exact = truth(problem, Objective("sum"))
     allowed = bound(problem, Plan(variants.get("cce_exact")), Objective("sum"), machine=INTERPRETER)
@@ -124,6 +127,20 @@ def test_with_full_lists_the_gradient_is_exact(
             comparison = compare(got, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name))
             assert comparison.holds and comparison.tells, (name, comparison)
     assert [int(x) for x in seen] == [1]
+
+
+def test_the_lists_lie_in_the_workspace_and_hold_everything_where_it_fits() -> None:
+    for n, blocks, size in ((5, 7, 79), (5, 7, 5000), (5, 7, 10**6), (8192, 16_000, 80 * 2**20)):
+        hits, entries = filtered.capacities(n, blocks, size)
+        pool = torch.zeros(size // 4)
+        buffers = Buffers.of(pool, hits, entries)
+        lists = [getattr(buffers, field.name) for field in dataclasses.fields(buffers)]
+        assert [x.numel() for x in lists] == [hits] * 4 + [entries] * 3
+        places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in lists)
+        assert places[0][0] >= pool.data_ptr() and places[-1][1] <= pool.data_ptr() + pool.nbytes
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
+        assert 0 < hits <= n * blocks
+    assert filtered.capacities(5, 7, 10**6) == (35, 35 * 16)
 
 
 def test_dz_of_a_run_lies_beside_what_the_run_writes() -> None:
