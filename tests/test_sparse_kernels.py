@@ -116,7 +116,7 @@ def test_within_the_bounds(impl: str, full: bool, monkeypatch: pytest.MonkeyPatc
 def test_with_full_lists_the_gradient_is_exact(
     impl: str, need: tuple[bool, bool, bool], lists: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many hits, or too many kept entries. Several runs, whose dZ lies in later rows of dC while there are enough."""
+    """Too many hits or kept entries. Several runs, whose dZ lies in later rows of dC while there are enough."""
     problem, seen = exact_problem(4, 800, 16), overflow(monkeypatch, *lists)
     monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
     exact = truth(problem, Objective("sum"))
