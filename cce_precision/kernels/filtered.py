@@ -40,7 +40,7 @@ from .terms import (
 __all__ = ["backward_filtered", "capacity", "occupancy"]
 
 DEFAULT_WORKSPACE_MB = 80  # with the record at N = 8192, V = 256000 less than 128 MB
-TAIL_SHARE = 4  # a quarter of the workspace is for a subset filter's tail of dC
+TAIL_SHARE = 8  # an eighth of the workspace is for a subset filter's last columns of dC
 MOST_HITS = 2**26  # entries are numbered by int32
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
