@@ -33,6 +33,7 @@ __all__ = [
     "judge_outputs",
     "machine_of",
     "outputs",
+    "promised",
     "sparse_way",
 ]
 
@@ -194,7 +195,8 @@ def judge(
 ) -> Verdict:
     """Runs the call and compares what it gives with the truth, by the bound for `machine` (None: what runs it).
 
-    The bound is that of the way that a pass over lists of entries really took: of its filter, or of the exact gradient.
+    The bound is that of the way that a pass over lists of entries really took: of its filter, or of the exact gradient;
+    where a tolerance decided, of either, and the tolerance must hold (`promised`).
     `method` of the truth; None: fp64, but balls for small calls in fp64, whose errors an fp64 truth would share.
     """
     call = build(k, backend, device)
@@ -205,11 +207,33 @@ def judge(
     exact = truth(call.problem, call.objective, method)
     with sparse_way(call) as full:
         computed = outputs(call)
-    plan = call.plan
+    unfiltered = dataclasses.replace(call.plan, variant=call.plan.variant.exact())
     if any(bool(x) for x in full):
-        plan = dataclasses.replace(plan, variant=plan.variant.exact())
-    allowed = bound(call.problem, plan, call.objective, seed=call.knobs.seed, machine=machine)
-    return judge_outputs(call, computed, exact, allowed)
+        ways = [unfiltered]
+    elif call.knobs.tolerance is None:
+        ways = [call.plan]
+    else:  # the pass took one or the other and does not say which
+        ways = [call.plan, unfiltered]
+    allowed = [bound(call.problem, way, call.objective, seed=call.knobs.seed, machine=machine) for way in ways]
+    verdicts = [judge_outputs(call, computed, exact, one) for one in allowed]
+    verdict = next((one for one in verdicts if one.holds), verdicts[0])
+    return verdict if call.knobs.tolerance is None else promised(verdict, exact, allowed[-1])
+
+
+def promised(verdict: Verdict, exact: Truth, allowed: Quantities) -> Verdict:
+    """The verdict on a call with a tolerance: the errors of dE and dC, beyond what the exact pass is `allowed`, are
+    within it in the norm. What is promised of draws may fail once in 10^6.
+    """
+    tolerance = verdict.knobs.tolerance
+    assert tolerance is not None
+    norm = lambda x: float(torch.linalg.vector_norm(x.double().nan_to_num()))  # noqa: E731
+    found = dict(verdict.quantities)
+    for name in ("dE", "dC"):
+        one, rest = found[name], getattr(allowed, name) + getattr(exact.radius, name)
+        if one.error and not bool(rest.isinf().any()):
+            most = tolerance * (one.truth + one.error) + norm(rest)
+            found[name] = dataclasses.replace(one, ratio=max(one.ratio, one.error / most))
+    return Verdict(verdict.knobs, found)
 
 
 def judge_outputs(call: Call, computed: dict[str, Tensor], exact: Truth, allowed: Quantities) -> Verdict:

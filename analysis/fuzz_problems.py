@@ -57,6 +57,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "upstream": ("one", "random", "tiny", "large"),
     "ignore_index": (-100, -1, 0),
     "shift": (0, 1, 2),
+    "tolerance": (1e-9, 3e-2, 0.5, 1e3),
 }
 
 
@@ -95,6 +96,7 @@ class Knobs:
     z_loss: bool = False
     strided: bool = False  # e and c are views with other strides
     crowded: bool = False  # the kernels' lists of entries are made too short for what a filter keeps
+    tolerance: float | None = None  # the pass filters where it can promise that error, else not at all
 
     def to_json(self) -> str:
         return json.dumps(
@@ -168,6 +170,9 @@ def sensible(k: Knobs) -> Knobs:
         changes["bias"] = "same"
     if k.pattern == "huge":
         changes |= {"reduction": "mean", "upstream": "one"}  # so that the gradients stay finite in fp16
+    both = k.filter_e_grad and k.filter_c_grad and k.filter_eps is not None
+    if not (variant.by_element and both) or k.use_entropy:
+        changes["tolerance"] = None
     return dataclasses.replace(k, **changes)
 
 
@@ -219,6 +224,7 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
             z_loss=rng.random() < 0.15,
             strided=rng.random() < 0.2,
             crowded=rng.random() < 0.3,
+            tolerance=mostly(None, "tolerance", 0.3),
         )
     )
 
@@ -349,6 +355,7 @@ def build(k: Knobs, backend: str = "auto", device: str = "cpu") -> Call:
         "label_smoothing": k.label_smoothing,
         "class_weight": weight,
         "temperature": k.temperature,
+        "tolerance": k.tolerance,
         "seed": k.seed,
         "backend": backend,
         "return_lse": True,

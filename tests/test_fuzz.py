@@ -20,6 +20,7 @@ from cce_precision.analysis.fuzz_summary import holds
 from cce_precision.analysis.isolation import Lost, isolated
 from cce_precision.analysis.references import truth
 from cce_precision.cli import app
+from cce_precision.eager import adaptive
 from cce_precision.eager.backward import Backward
 from tests.strategies import EAGER
 
@@ -198,6 +199,17 @@ def test_what_a_campaign_found_holds(name: str) -> None:
     for impl in (FOUND[name].impl, "cce_exact", "cce_split"):
         verdict = judge(dataclasses.replace(FOUND[name], impl=impl))
         assert verdict.holds, str(verdict)
+
+
+@pytest.mark.parametrize("tolerance", [1e-9, 1e3])
+@pytest.mark.parametrize("impl", ["cce_sparse", "cce_unbiased", "cce_subsampled"])
+def test_a_tolerance_is_judged(impl: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either way, which differ; and a promise that is none is seen, though the filter's own bound holds."""
+    k = Knobs(seed=3, n=24, v=60, d=6, impl=impl, scale=3.0, filter_eps=2.0**-4, e_dtype="fp32", tolerance=tolerance)
+    assert judge(k, backend="eager").holds
+    monkeypatch.setattr(adaptive, "filter_error", lambda *_: torch.zeros(()))
+    assert judge(dataclasses.replace(k, tolerance=None), backend="eager").holds
+    assert judge(k, backend="eager").holds == (tolerance > 1)
 
 
 @pytest.mark.interpreter
