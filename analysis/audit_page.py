@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cce_precision.analysis import pages
 from cce_precision.analysis.audit import STATUSES, Card, Outcome, read
 from cce_precision.analysis.audit_checks import ALLOWANCES, CHECKS
 
@@ -62,12 +63,11 @@ def _rows(outcome: Outcome) -> list[dict[str, str]]:
 
 def build(out: Path) -> Path:
     """Writes out/index.html from the cards in out/cards. Raises ValueError where there is none."""
-    from jinja2 import Environment, PackageLoader
-
     cards = read(out)
     order: Sequence[str] = [name for name in CHECKS if any(o.check == name for card in cards for o in card.outcomes)]
-    environment = Environment(loader=PackageLoader("cce_precision.analysis"), autoescape=True)
-    page = environment.get_template("audit.html").render(
+    return pages.write(
+        out,
+        "audit.html",
         cards=cards,
         checks=[CHECKS[name] for name in order],
         allowances=ALLOWANCES,
@@ -78,6 +78,3 @@ def build(out: Path) -> Path:
         marks=MARKS,
         anchor=lambda card: card.name,
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path

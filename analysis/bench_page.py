@@ -3,16 +3,15 @@ picture."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import tempfile
-from collections.abc import Callable, Iterable
-from importlib.util import find_spec
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cce_precision.analysis import pages
 from cce_precision.analysis.bench_job import FLOOR, PRODUCT, Row
+from cce_precision.analysis.figures import Figure, Level, Panel, Series, give_marks
 
 __all__ = ["picture", "table", "write"]
 
@@ -80,10 +79,8 @@ def _jobs(rows: Iterable[Row]) -> list[list[Row]]:
     return list(jobs.values())
 
 
-def picture(rows: list[Row]) -> Any:
-    """Time against memory, and time against the error of either gradient, a point a method; a `figures.Figure`."""
-    from cce_precision.analysis.figures import Figure, Level, Panel, Series
-
+def picture(rows: list[Row]) -> Figure:
+    """Time against memory, and time against the error of either gradient, a point a method."""
     full = [r for r in rows if r["kind"] == "loss-fw-bw" and r["rounds"]]
     floor = next((r for r in rows if r["method"] == FLOOR), None)
 
@@ -116,10 +113,8 @@ def picture(rows: list[Row]) -> Any:
     )
 
 
-def _growth(rows: list[Row]) -> list[Any]:
+def _growth(rows: list[Row]) -> list[Figure]:
     """How time and memory grow with N and with V, where rows of one shape were measured at three sizes or more."""
-    from cce_precision.analysis.figures import Figure, Panel, Series
-
     full = [r for r in rows if r["kind"] == "loss-fw-bw" and r["rounds"]]
     drawn = []
     for axis, other, name in (("n", "v", "tokens N"), ("v", "n", "vocabulary V")):
@@ -156,100 +151,43 @@ def _growth(rows: list[Row]) -> list[Any]:
     return drawn
 
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1f2328; max-width: 1200px; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .25rem .55rem; white-space: nowrap; border-bottom: 1px solid #e3e6ea; text-align: right }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; white-space: normal } .table {
-overflow-x: auto } .reason { color: #57606a } svg, img { max-width: 100%; height: auto } pre { white-space: pre-wrap;
-background: #f6f8fa; padding: .6rem }
-"""
-SCRIPT = """
-for (const [i, f] of FIGURES.entries()) {
-  const box = document.getElementById("figure-" + i);
-  box.replaceChildren();
-  const layout = () => window.innerWidth < 800 ? f.narrow : f.wide;
-  Plotly.newPlot(box, f.data, layout(), {responsive: true, displaylogo: false});
-}
-"""
-
-
-def _html_table(rows: list[Row]) -> str:
-    head = "".join(f"<th>{html.escape(h.replace('+-', '±'))}</th>" for h in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in line) + "</tr>" for line in _lines(rows))
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _static(figure: Any) -> str:
-    """The figure as inline SVG, which is what shows without JavaScript."""
-    from cce_precision.analysis.drawing import draw
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "figure.svg"
-        draw(figure, path)
-        text = path.read_text()
-    return text[text.index("<svg") :]
-
-
-def _answer(rows: list[Row]) -> str:
-    """The fastest, the smallest and the most exact method of one job, in one sentence."""
+def _best(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """The fastest, the smallest and the most exact method of one job, each with what it measured."""
     full = [r for r in rows if r["kind"] == "loss-fw-bw" and r["rounds"]]
     if not full:
-        return "No method passed its check."
-
-    def best(key: Callable[[Row], float], form: Callable[[Row], str]) -> str:
-        row = min(full, key=key)
-        return f"<b>{html.escape(row['method'])}</b> ({form(row)})"
+        return []
 
     def worst_error(r: Row) -> float:
         return max(r["dE_error"], r["dC_error"])
 
-    fastest = best(lambda r: r["time_ms"], lambda r: f"{r['time_ms']:.1f} ms, {r['times_product']:.2f} products")
-    smallest = best(lambda r: r["peak_mib"], lambda r: f"{r['peak_mib']:,.0f} MiB")
-    exact = best(worst_error, lambda r: f"gradients off by at most {worst_error(r):.2e}")
-    return f"Fastest: {fastest}; smallest: {smallest}; most exact: {exact}."
+    fastest, smallest, exact = (
+        min(full, key=key) for key in (lambda r: r["time_ms"], lambda r: r["peak_mib"], worst_error)
+    )
+    return [
+        ("Fastest", fastest["method"], f"{fastest['time_ms']:.1f} ms, {fastest['times_product']:.2f} products"),
+        ("smallest", smallest["method"], f"{smallest['peak_mib']:,.0f} MiB"),
+        ("most exact", exact["method"], f"gradients off by at most {worst_error(exact):.2e}"),
+    ]
 
 
 def write(rows: list[Row], out: Path) -> Path:
-    """Writes `out`/index.html, self-contained. Without plotly the pictures do not move; without matplotlib they need
-    plotly."""
+    """Writes `out`/index.html and returns its path."""
     import cce_precision.analysis.bench as bench
-    from cce_precision.analysis.drawing import plotly_figure
-    from cce_precision.analysis.figures import give_marks
 
     give_marks(row["method"] for row in rows if row["kind"] == "loss-fw-bw")
     jobs = _jobs(rows)
-    figures = [figure for figure in (*(picture(job) for job in jobs), *_growth(rows)) if figure]
-    script = ""
-    if find_spec("plotly"):
-        from plotly.offline import get_plotlyjs
-
-        data = json.dumps([plotly_figure(f) for f in figures]).replace("</", "<\\/")
-        script = f"<script>{get_plotlyjs()}</script><script>const FIGURES = {data};{SCRIPT}</script>"
-
-    def pictured(number: int, figure: Any) -> str:
-        still = _static(figure) if find_spec("matplotlib") else ""
-        title, caption = html.escape(figure.title), html.escape(figure.caption)
-        return f'<h3>{title}</h3><p>{caption}</p><div id="figure-{number}">{still}</div>'
-
-    first = rows[0]
-    answers = "".join(f"<p>{html.escape(_title(job[0]))}. {_answer(job)}</p>" for job in jobs)
-    tables = "".join(f"<h3>{html.escape(_title(job[0]))}</h3>{_html_table(job)}" for job in jobs)
-    commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
+    drawn = filter(None, (*map(picture, jobs), *_growth(rows)))
+    figures = [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(drawn)]  # a name of its own each
     runs = dict.fromkeys(f"commit {row['commit']}, {row['measured_at']}" for row in rows)
-    made = f"{first['device']}; {first['versions']}; {'; '.join(runs)}. A time's unit is the product in its run."
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>cce_precision: time, memory and error</title><style>{STYLE}</style></head><body>
-<h1>Time, memory and error of a step's loss and gradients</h1>
-{answers}
-<h2>Pictures</h2>{"".join(pictured(i, f) for i, f in enumerate(figures))}
-<h2>Tables</h2>{tables}
-<h2>Method</h2><pre>{html.escape((bench.__doc__ or "").strip())}</pre>
-<h2>How to reproduce</h2><pre>{html.escape(commands)}</pre>
-<p class="reason">{html.escape(made)}</p>
-{script}</body></html>
-"""
-    path = out / "index.html"
-    path.write_text(page)
-    return path
+    made = f"{rows[0]['device']}; {rows[0]['versions']}; {'; '.join(runs)}. A time's unit is the product in its run."
+    return pages.write(
+        out,
+        "bench.html",
+        figures,
+        pictures=[pages.picture(figure) for figure in figures],
+        headings=[heading.replace("+-", "±") for heading in HEADINGS],
+        jobs=[{"title": _title(job[0]), "best": _best(job), "lines": _lines(job)} for job in jobs],
+        method=(bench.__doc__ or "").strip(),
+        commands=dict.fromkeys(row["command"] for row in rows),
+        made=made,
+    )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from cce_precision.analysis import pages
 from cce_precision.analysis.capture_training import SIDES, load, means
 from cce_precision.analysis.convergence_page import number
-from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import FLOOR, MARKS, Figure, Level, Panel, Series
 from cce_precision.analysis.heads import THRESHOLDS
-from cce_precision.analysis.report import data_uri, raised
 from cce_precision.choosing import BASELINE, SLACK
 from cce_precision.variants import get
 
@@ -106,8 +103,11 @@ def pictures(table: Any, seen: dict[str, float]) -> list[Figure]:
     ]
 
 
-MARKS |= {f"2^-{k}": MARKS[name] for k, name in zip(THRESHOLDS, ("cce_sparse", "cce_unbiased", "cce_subsampled"))}
-MARKS |= {"loss": MARKS["cce_exact"], "entropy": MARKS["cce"]}
+def _marks() -> None:
+    """Lends the curves of the softmax, which are of no variant, marks of some."""
+    names = (*(f"2^-{k}" for k in THRESHOLDS), "loss", "entropy")
+    lent = ("cce_sparse", "cce_unbiased", "cce_subsampled", "cce_exact", "cce")
+    MARKS.update({name: MARKS[variant] for name, variant in zip(names, lent, strict=True)})
 
 
 def _table_rows(table: Any) -> list[dict[str, Any]]:
@@ -160,31 +160,18 @@ def _stage_rows(table: Any) -> list[tuple[str, list[str]]]:
 def build(out: Path) -> Path:
     """Writes `out`/index.html from results.parquet and card.json and returns its path. Raises ValueError where there is
     no finished run."""
-    import jinja2
     import pandas as pd
-    from plotly.offline import get_plotlyjs
 
     if not (out / "results.parquet").is_file():
         raise ValueError(f"{out} holds no finished run; run cce-precision capture --train --out {out}")
     table, card = pd.read_parquet(out / "results.parquet"), json.loads((out / "card.json").read_text())
     seen = {name: stage["tokens_seen"] / 1e6 for name, stage in card["stages"].items()}
+    _marks()
     drawn = pictures(table, seen)
-    images = []
-    with tempfile.TemporaryDirectory() as folder:
-        for figure in drawn:
-            path = Path(folder) / f"{figure.name}.svg"
-            draw(figure, path)
-            images.append(data_uri(path))
-    templates = importlib.resources.files("cce_precision.analysis") / "templates"
-    source = {n: (templates / n).read_text(encoding="utf-8") for n in ("capture.html", "convergence.js", "page.css")}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["power"] = raised
-    live = json.dumps({f.name: plotly_figure(f) for f in drawn}, separators=(",", ":"), allow_nan=False)
-    page = environment.from_string(source["capture.html"]).render(
-        css=source["page.css"],
-        js=source["convergence.js"],
-        plotly=get_plotlyjs(),
-        live=live.replace("</", "<\\/"),
+    return pages.write(
+        out,
+        "capture.html",
+        drawn,
         card=card,
         first=table.iloc[0],
         stages=list(seen),
@@ -194,8 +181,5 @@ def build(out: Path) -> Path:
         rows=_table_rows(table),
         rows_looked=json.loads((out / "recipe.json").read_text())["rows"],
         failures=[f"{row['stage']}: {row['impl']}: {row['failed']}" for row in load(out) if "failed" in row],
-        figures=[{"name": f.name, "title": f.title, "caption": f.caption, "image": i} for f, i in zip(drawn, images)],
+        pictures=[pages.picture(figure) for figure in drawn],
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path

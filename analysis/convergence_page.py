@@ -5,21 +5,17 @@ python -m cce_precision.analysis.convergence_page reports/convergence    # the p
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cce_precision.analysis import pages
 from cce_precision.analysis.convergence import CONFIDENCE, Difference, Run, differences, failures, late, read, smoothed
-from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import MARKS, Figure, Panel, Series, give_marks
-from cce_precision.analysis.report import data_uri
 from cce_precision.analysis.train_models import REFERENCES, Method
 
 __all__ = ["Line", "build", "lines", "markdown", "update_readme"]
@@ -311,30 +307,14 @@ def described(runs: Sequence[Run]) -> str:
 
 def build(out: Path) -> Path:
     """Writes `out`/index.html from runs.jsonl and returns its path. Raises ValueError where there is no run."""
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     runs = read(out)
     give_marks([r.method for r in runs])
     found = lines(runs)
     drawn = pictures(runs)
-    with tempfile.TemporaryDirectory() as folder:
-        images = []
-        for figure in drawn:
-            path = Path(folder) / f"{figure.name}.svg"
-            draw(figure, path)
-            images.append(data_uri(path))
-    templates = importlib.resources.files("cce_precision.analysis") / "templates"
-    source = {
-        n: (templates / n).read_text(encoding="utf-8") for n in ("convergence.html", "convergence.js", "page.css")
-    }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    live = json.dumps({f.name: plotly_figure(f) for f in drawn}, separators=(",", ":"), allow_nan=False)
-    page = environment.from_string(source["convergence.html"]).render(
-        css=source["page.css"],
-        js=source["convergence.js"],
-        plotly=get_plotlyjs(),
-        live=live.replace("</", "<\\/"),
+    return pages.write(
+        out,
+        "convergence.html",
+        drawn,
         about=runs[0].about,
         described=described(runs),
         reference=found[0].method,
@@ -343,12 +323,9 @@ def build(out: Path) -> Path:
         failures=failures(out),
         rows=[row(line, control_of(found)) for line in found],
         measured=any(not math.isnan(line.dE[0]) for line in found),
-        figures=[{"name": f.name, "title": f.title, "caption": f.caption, "image": i} for f, i in zip(drawn, images)],
+        pictures=[pages.picture(figure) for figure in drawn],
         commands=list(dict.fromkeys(r.about["command"] for r in runs)),
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def markdown(out: Path) -> str:

@@ -8,8 +8,6 @@ runs whose final losses the page quotes.
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cce_precision.analysis import convergence_page as training
+from cce_precision.analysis import pages
 from cce_precision.analysis.convergence import read as read_runs
 from cce_precision.analysis.convergence_page import number
-from cce_precision.analysis.drawing import draw, plotly_figure
 from cce_precision.analysis.figures import FLOOR, MARKS, OTHERS, Figure, Level, Mark, Panel, Series, mark
 from cce_precision.analysis.filter_estimators import ESTIMATORS
 from cce_precision.analysis.filter_study import AVERAGED, DENSE, METHODS, ONE_PASS, ROOM_MB, read
@@ -37,7 +35,6 @@ from cce_precision.analysis.filter_study_answers import (
     sentences,
     tried_of,
 )
-from cce_precision.analysis.report import data_uri, raised
 from cce_precision.analysis.train_models import Method
 
 __all__ = ["build", "markdown", "update_readme"]
@@ -278,18 +275,9 @@ def answer(groups: Sequence[Group], tried: Sequence[Tried], losses: Sequence[dic
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def _drawn(figure: Figure, folder: Path) -> dict[str, str]:
-    path = folder / f"{figure.name}.svg"
-    draw(figure, path)
-    return {"name": figure.name, "title": figure.title, "caption": figure.caption, "image": data_uri(path)}
-
-
 def build(out: Path, runs: Path | None = None) -> Path:
     """Writes `out`/index.html and `out`/figures from rows.jsonl, and returns the page's path. `runs`: a folder of
     training runs to quote. Raises ValueError where there is no row."""
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     rows = read(out)
     if not (groups := groups_of(rows)):
         raise ValueError(f"{out / 'rows.jsonl'} holds no row; measure first")
@@ -307,19 +295,12 @@ def build(out: Path, runs: Path | None = None) -> Path:
             estimator_figure([t for t in tried if t.group == group]) for group in dict.fromkeys(t.group for t in tried)
         ],
     }
-    live = {f.name: plotly_figure(f) for figures in parts.values() for f in figures}
-    templates = importlib.resources.files("cce_precision.analysis") / "templates"
-    names = ("filter_study.html", "convergence.js", "page.css")
-    source = {name: (templates / name).read_text(encoding="utf-8") for name in names}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["power"] = raised
-    page = environment.from_string(source["filter_study.html"]).render(
-        css=source["page.css"],
-        js=source["convergence.js"],
-        plotly=get_plotlyjs(),
-        live=json.dumps(live, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+    return pages.write(
+        out,
+        "filter_study.html",
+        [f for figures in parts.values() for f in figures],
         sentences=answer(groups, tried, losses),
-        figures={part: [_drawn(f, folder) for f in figures] for part, figures in parts.items()},
+        pictures={k: [pages.picture(f, folder / f"{f.name}.svg") for f in part] for k, part in parts.items()},
         groups=half,
         methods={g.slug: method_rows(g) for g in half},
         within=within_rows(half),
@@ -332,9 +313,6 @@ def build(out: Path, runs: Path | None = None) -> Path:
         failures=[f"{g.title}: {what}" for g in groups for what in g.failures],
         made=list(dict.fromkeys((r["command"], r["device"], r["versions"], r["commit"]) for r in rows)),
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def markdown(out: Path, runs: Path | None = None) -> str:

@@ -5,12 +5,9 @@ python -m cce_precision.analysis.report reports/readme/results.parquet README.md
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
-import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cce_precision.analysis import sweep
-from cce_precision.analysis.drawing import draw, plotly_figure
+from cce_precision.analysis import pages, sweep
 from cce_precision.analysis.figures import Figure, at_default, figures, metric, of_view, stage_figure
 from cce_precision.analysis.report_answers import (
     ALIKE,
@@ -74,28 +70,8 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def raised(text: str) -> Any:
-    """HTML of a text, its powers such as 2^-12 with a raised exponent."""
-    import markupsafe
-
-    return markupsafe.Markup(
-        re.sub(r"(\d+)\^(-?\d+)", r'<span class="power">\1<sup>\2</sup></span>', str(markupsafe.escape(text)))
-    )
-
-
-def data_uri(path: Path) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _save(figure: Figure, folder: Path, suffix: str) -> dict[str, str]:
-    stem = "-".join(filter(None, (figure.name, suffix)))
-    draw(figure, folder / f"{stem}.png", folder / f"{stem}.svg")
-    return {
-        "name": figure.name,
-        "title": figure.title,
-        "caption": figure.caption,
-        "image": data_uri(folder / f"{stem}.svg"),
-    }
+def _picture(figure: Figure, folder: Path, stem: str) -> dict[str, str]:
+    return pages.picture(figure, folder / f"{stem}.svg", folder / f"{stem}.png")
 
 
 def build(
@@ -111,9 +87,6 @@ def build(
 
     Raises ValueError for a table without a single measured variant.
     """
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     found = views(table)
     if not found:
         raise ValueError("the table holds no measured variant, so there is nothing to report")
@@ -121,33 +94,26 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     main = main_view(table)
     drawn = {view: figures(table, view) for view in found}
-    ranks = [figure for case in dict.fromkeys(v.case for v in found) if (figure := stage_figure(table, case))]
-    static = [_save(figure, folder, main.slug) for figure in drawn[main]]
+    cases = dict.fromkeys(v.case for v in found)
+    ranks = [replace(figure, name=f"ranks-{case}") for case in cases if (figure := stage_figure(table, case))]
+    static = [_picture(figure, folder, f"{figure.name}-{main.slug}") for figure in drawn[main]]
     others = [
-        _save(figure, folder, v.slug) | {"label": v.label}
+        _picture(figure, folder, f"{figure.name}-{v.slug}") | {"label": v.label}
         for v in found
         if v != main
         for figure in drawn[v]
         if figure.name == "error"
     ]
-    live = {
-        "main": found.index(main),
-        "views": [{"label": v.label, "figures": {f.name: plotly_figure(f) for f in drawn[v]}} for v in found],
-        "fixed": {f"ranks{i}": plotly_figure(figure) for i, figure in enumerate(ranks)},
-    }
     at_main = options(table, main)
     default = options(at_default(of_view(table, main)), main)
     first = of_view(table, main).iloc[0]
-    templates = importlib.resources.files("cce_precision.analysis") / "templates"
-    source = {name: (templates / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["power"] = raised
-    page = environment.from_string(source["page.html"]).render(
-        css=source["page.css"],
-        js=source["page.js"],
-        plotly=get_plotlyjs(),
-        live=json.dumps(live, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
-        main=main,
+    return pages.write(
+        out,
+        "report.html",
+        ranks,
+        {v.label: drawn[v] for v in found},
+        found.index(main),
+        view=main,
         first=first,
         seed=int(of_view(table, main)["seed"].max()),
         sentences=sentences(at_main, default),
@@ -160,20 +126,13 @@ def build(
         static=static,
         others=others,
         subjects=subject_lines(table),
-        ranks=[
-            _save(figure, folder, case) | {"name": f"ranks{i}"}
-            for i, (case, figure) in enumerate(zip(dict.fromkeys(v.case for v in found), ranks))
-        ],
+        ranks=[_picture(figure, folder, figure.name) for figure in ranks],
         summaries={name: variant.summary for name, variant in ALL.items()},
-        failures=list(failures),
+        failures=[f"{f.cell}: {f.reason}" for f in failures],
         notes=list(notes),
-        views=found,
         calls=sweep.CALLS,
         alike=percent(ALIKE - 1),
     )
-    path = out / "index.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _budget_tokens(table: pd.DataFrame) -> str:

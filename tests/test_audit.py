@@ -195,6 +195,7 @@ def test_cards_and_page(tmp_path: Path) -> None:
     write([again], tmp_path)
     text = audit_page.build(tmp_path).read_text()
     assert "assert 1 &lt; 0" in text and "dE &lt;off&gt;" in text and "the command" in text
+    assert "default-src 'none'; style-src" in text and "<script" not in text
     json.loads((tmp_path / "cards" / "correct-cpu.json").read_text())
     with pytest.raises(ValueError, match="holds no card"):
         read(tmp_path / "cards")

@@ -229,7 +229,8 @@ def test_a_run_writes_rows_table_and_page(tmp_path: Path, quick: None) -> None:
         table.columns
     )
     page = (tmp_path / "index.html").read_text()
-    assert "<svg" in page and "Plotly.newPlot" in page and "cce_exact" in page
+    assert 'src="data:image/svg+xml' in page and "Plotly.react(div" in page and "cce_exact" in page
+    assert "default-src 'none'" in page
     outside_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", outside_scripts)
     assert "<script src" not in page

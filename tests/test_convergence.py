@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from cce_precision.analysis import convergence, convergence_page
+from cce_precision.analysis import convergence, convergence_page, pages
 from cce_precision.analysis.convergence import Comparison, Difference, compare, differences, gather, read, smoothed
 from cce_precision.analysis.train import Recipe, read_curve
 from cce_precision.analysis.train_text import SHIPPED, Tokens, tokenise
@@ -222,7 +222,7 @@ def test_the_page_is_whole_and_escapes_what_it_quotes(drawn: Path) -> None:
     for figure in ("loss", "difference", "spread", "gradient"):
         assert f'data-figure="{figure}"' in page
     assert page.count('src="data:image/svg+xml') == 4
-    live = json.loads(page.split('id="figures">')[1].split("</script>")[0])
+    live = json.loads(page.split('id="figures">')[1].split("</script>")[0])["fixed"]
     names = {trace["name"] for trace in live["loss"]["data"]}
     assert names == {"fp32", CONTROL, "cce_exact", "cce", "cce_unbiased@2^-10"}
     colours = {t["name"]: (t["line"]["color"], t["marker"]["symbol"]) for t in live["loss"]["data"] if "marker" in t}
@@ -232,7 +232,7 @@ def test_the_page_is_whole_and_escapes_what_it_quotes(drawn: Path) -> None:
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without matplotlib's part, which takes seconds a page."""
-    monkeypatch.setattr(convergence_page, "draw", lambda figure, path: path.write_text("<svg/>"))
+    monkeypatch.setattr(pages, "draw", lambda figure, path: path.write_text("<svg/>"))
 
 
 def test_a_page_of_one_seed_and_no_gradients_claims_nothing(tmp_path: Path, sketched: None) -> None:

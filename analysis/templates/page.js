@@ -41,7 +41,7 @@
   function render() {
     for (const div of document.querySelectorAll(".live")) {
       const name = div.dataset.figure;
-      const figure = spec.fixed[name] || spec.views[view].figures[name];
+      const figure = spec.fixed[name] || (spec.views.length && spec.views[view].figures[name]);
       div.closest("figure").hidden = !figure;
       if (figure) show(div, figure);
     }
@@ -65,8 +65,10 @@
   }
 
   document.documentElement.classList.add("js");
-  buttons("views", spec.views.map((v) => v.label), spec.main, function (i) { view = i; });
-  buttons("scales", ["log", "linear"], 0, function (i) { scale = i ? "linear" : "log"; });
+  if (spec.views.length) {
+    buttons("views", spec.views.map((v) => v.label), spec.main, function (i) { view = i; });
+    buttons("scales", ["log", "linear"], 0, function (i) { scale = i ? "linear" : "log"; });
+  }
   narrow.addEventListener("change", render);
   render();
 })();
