@@ -171,20 +171,21 @@ def _best(rows: list[Row]) -> list[tuple[str, str, str]]:
 
 
 def write(rows: list[Row], out: Path) -> Path:
-    """Writes `out`/index.html and returns its path."""
+    """Writes `out`/index.html and returns its path; beside it the picture of the first job, as SVG and PNG."""
     import cce_precision.analysis.bench as bench
 
     give_marks(row["method"] for row in rows if row["kind"] == "loss-fw-bw")
     jobs = _jobs(rows)
     drawn = filter(None, (*map(picture, jobs), *_growth(rows)))
     figures = [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(drawn)]  # a name of its own each
+    kept = [out / f"time-memory-error.{kind}" for kind in ("svg", "png")]
     runs = dict.fromkeys(f"commit {row['commit']}, {row['measured_at']}" for row in rows)
     made = f"{rows[0]['device']}; {rows[0]['versions']}; {'; '.join(runs)}. A time's unit is the product in its run."
     return pages.write(
         out,
         "bench.html",
         figures,
-        pictures=[pages.picture(figure) for figure in figures],
+        pictures=[pages.picture(figure, *(() if i else kept)) for i, figure in enumerate(figures)],
         headings=[heading.replace("+-", "±") for heading in HEADINGS],
         jobs=[{"title": _title(job[0]), "best": _best(job), "lines": _lines(job)} for job in jobs],
         method=(bench.__doc__ or "").strip(),
