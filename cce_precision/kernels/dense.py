@@ -21,7 +21,17 @@ from .dz import Run, TileFilter, write_dz
 from .exact import NARROWEST, products_by_hopper, walk
 from .record import candidates
 from .schedule import WIDEST
-from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, label_rows, matvec, row_terms, weighted_sum
+from .terms import (
+    RowTerms,
+    TokensByTarget,
+    clean_rows,
+    finish_bias,
+    finish_columns,
+    label_rows,
+    matvec,
+    row_terms,
+    weighted_sum,
+)
 from .tile_filter import tile_product
 
 __all__ = ["backward_by_runs"]
@@ -266,11 +276,5 @@ def finished(
     d_bias: Tensor | None,  # (V,) fp32 column sums of dZ
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of what the walk over the runs has left."""
-    out_bias = None
-    if d_bias is not None and problem.bias is not None:
-        if terms.smooth_apart:
-            total_sigma = terms.sigma.sum()
-            d_bias -= total_sigma if problem.column_weight is None else problem.column_weight * total_sigma
-        out_bias = torch.mul(d_bias, terms.scale).to(problem.bias.dtype)
     place = None if plan.partial_e else e  # read for the last time
-    return None if sums_e is None else sums_e.result(terms, place), d_c, out_bias
+    return None if sums_e is None else sums_e.result(terms, place), d_c, finish_bias(problem, terms, d_bias)

@@ -47,7 +47,7 @@ def hit_values(values, masks, offsets, slot, inside, WIDTH: tl.constexpr):
 
 @triton.jit
 def gather_kernel(
-    e,  # (N, D) contiguous, ignored rows 0
+    e,  # (N, D) contiguous; ignored rows stand in no list
     c,  # (V, D)
     bias,  # (V,) or unused
     targets,  # (N,) int64

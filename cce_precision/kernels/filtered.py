@@ -30,6 +30,7 @@ from .terms import (
     RowTerms,
     TokensByTarget,
     clean_rows,
+    finish_bias,
     finish_columns,
     label_rows,
     row_terms,
@@ -292,13 +293,3 @@ def dense(
 def part_of(filt: ElementFilter, index: slice) -> ElementFilter:
     """The filter of a run of columns."""
     return dataclasses.replace(filt, factor=None if filt.factor is None else filt.factor[index])
-
-
-def finish_bias(problem: Problem, terms: RowTerms, sums: Tensor | None) -> Tensor | None:
-    """dbias, rounded once from the column sums (V,) of dZ, which it changes."""
-    if sums is None or problem.bias is None:
-        return None
-    if terms.smooth_apart:
-        total = terms.sigma.sum()
-        sums -= total if problem.column_weight is None else problem.column_weight * total
-    return torch.mul(sums, terms.scale).to(problem.bias.dtype)

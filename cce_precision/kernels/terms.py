@@ -18,6 +18,7 @@ __all__ = [
     "TokensByTarget",
     "clean_rows",
     "clean_rows_into",
+    "finish_bias",
     "label_rows",
     "matvec",
     "row_terms",
@@ -396,3 +397,13 @@ def matvec(x: Tensor, vector: Tensor) -> Tensor:
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
     matvec_kernel[(triton.cdiv(rows, 16),)](x, vector, out, rows, d, tuple(x.stride()), ROWS=16, COLUMNS=256)
     return out
+
+
+def finish_bias(problem: Problem, terms: RowTerms, sums: Tensor | None) -> Tensor | None:
+    """dbias, rounded once from the column sums (V,) of dZ, which it changes."""
+    if sums is None or problem.bias is None:
+        return None
+    if terms.smooth_apart:
+        total = terms.sigma.sum()
+        sums -= total if problem.column_weight is None else problem.column_weight * total
+    return torch.mul(sums, terms.scale).to(problem.bias.dtype)
