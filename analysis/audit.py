@@ -33,6 +33,7 @@ from cce_precision.analysis.audit_targets import Target, Unavailable
 from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
 from cce_precision.analysis.fuzz_campaign import settle, shrink
 from cce_precision.analysis.isolation import Lost, isolated
+from cce_precision.analysis.provenance import git
 
 __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
 
@@ -276,15 +277,13 @@ def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]
         version = target.version
     except Exception:  # its package may fail in any way
         version = "not installed"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return Card(
         target.name,
         target.text({}),
         f"{target.package} {version}",
         where,
         ", ".join(software),
-        commit,
+        git("rev-parse", "--short", "HEAD"),
         command,
         tuple(outcomes),
     )

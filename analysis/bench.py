@@ -58,6 +58,7 @@ from cce_precision.analysis.bench_job import (
 )
 from cce_precision.analysis.bench_methods import DEFAULT, METHODS, Method, method
 from cce_precision.analysis.cases import CASES
+from cce_precision.analysis.provenance import git
 from cce_precision.analysis.shapes import SHAPES, Shape, shape
 
 __all__ = ["Plan", "draw", "import_seconds", "plan", "provenance", "read", "run", "scaled", "verdict"]
@@ -146,11 +147,6 @@ def scaled(base: Shape, kind: str) -> list[Shape]:
 
 def provenance() -> Row:
     """Commit (where there is no git checkout: CCE_COMMIT of the environment), versions, command and time of a run."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
     try:
         import triton
@@ -159,7 +155,7 @@ def provenance() -> Row:
     except ImportError:
         pass
     return {
-        "commit": commit or os.environ.get("CCE_COMMIT", "unknown"),
+        "commit": git("describe", "--always", "--dirty", "--exclude=*") or os.environ.get("CCE_COMMIT", "unknown"),
         "versions": versions,
         "command": "cce-precision " + " ".join(sys.argv[1:]),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

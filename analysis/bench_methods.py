@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +46,22 @@ def _ours(name: str, workspace_mb: int | None = None) -> Method:
     variant = configured(name)
     label = variant.name + name[name.index("@") :] if "@" in name else variant.name
 
-    def bind(softcap: float | None) -> Call:
-        options = {"impl": variant, "softcap": softcap, "workspace_mb": workspace_mb, "validate": False}
-        return lambda e, c, t: linear_cross_entropy(e, c, t, **options)  # type: ignore[arg-type, return-value]
-
-    return Method(label if workspace_mb is None else f"{label}@{workspace_mb}MB", "ours", bind)
+    label += "" if workspace_mb is None else f"@{workspace_mb}MB"
+    return _with_options(label, impl=variant, workspace_mb=workspace_mb)
 
 
 def _auto(text: str, tolerance: float, workspace_mb: int | None) -> Method:
     """impl="auto", which takes a variant for the tolerance and the workspace (MiB) by the committed table."""
+    return _with_options(text, impl="auto", tolerance=tolerance, workspace_mb=workspace_mb)
+
+
+def _with_options(name: str, **options: Any) -> Method:
+    """`linear_cross_entropy` with these options."""
 
     def bind(softcap: float | None) -> Call:
-        options = {"impl": "auto", "tolerance": tolerance, "softcap": softcap, "workspace_mb": workspace_mb}
-        return lambda e, c, t: linear_cross_entropy(e, c, t, validate=False, **options)  # type: ignore[arg-type, return-value]
+        return lambda e, c, t: linear_cross_entropy(e, c, t, softcap=softcap, validate=False, **options)  # type: ignore[return-value]
 
-    return Method(text, "ours", bind)
+    return Method(name, "ours", bind)
 
 
 def _package(name: str) -> object:

@@ -79,13 +79,17 @@ class Verdict:
         return "\n".join((self.knobs.to_json(), *lines))
 
 
+def norm(x: Tensor) -> float:
+    """Frobenius norm in fp64, without NaN."""
+    return float(torch.linalg.vector_norm(x.double().nan_to_num()))
+
+
 def compare(computed: Tensor, exact: Tensor, allowed: Tensor) -> Comparison:
     """Error against allowance, elementwise. Equal infinities and NaN against NaN are exact; inf allows anything."""
     computed, exact = computed.detach().double(), exact.double()
     same = (computed == exact) | (computed.isnan() & exact.isnan())
     error = torch.where(same, 0.0, (computed - exact).abs()).nan_to_num(nan=math.inf)
     ratio = torch.where(error == 0, 0.0, torch.where(allowed.isinf(), 0.0, error / allowed))
-    norm = lambda x: float(torch.linalg.vector_norm(x.nan_to_num()))  # noqa: E731
     bounded = math.inf if bool(allowed.isinf().any()) else norm(allowed)
     if not ratio.numel():
         return Comparison(0.0, 0.0, 0.0, 0.0, ())
@@ -226,7 +230,6 @@ def promised(verdict: Verdict, exact: Truth, allowed: Quantities) -> Verdict:
     """
     tolerance = verdict.knobs.tolerance
     assert tolerance is not None
-    norm = lambda x: float(torch.linalg.vector_norm(x.double().nan_to_num()))  # noqa: E731
     found = dict(verdict.quantities)
     for name in ("dE", "dC"):
         one, rest = found[name], getattr(allowed, name) + getattr(exact.radius, name)

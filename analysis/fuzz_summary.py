@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from cce_precision.analysis.fuzz import QUANTITIES
 from cce_precision.analysis.fuzz_problems import Knobs
+from cce_precision.analysis.provenance import git
 
 __all__ = ["holds", "page", "summary"]
 
@@ -49,13 +49,12 @@ def summary(
         groups["variant"][knobs["impl"]].append(row)
         e, c = knobs["e_dtype"], knobs["c_dtype"]
         groups["dtype"][e if c in ("same", e) else "mixed"].append(row)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     last = max((row["index"] for row in rows), default=-1)
     place = "" if backend == "eager" else f" --backend {backend}"
     place += f" --variants {','.join(impls)}" if impls else ""
     return {
         "command": f"cce-precision fuzz --problems {last + 1} --seed {seed}{place}",
-        "commit": commit.strip() or None,
+        "commit": git("rev-parse", "--short", "HEAD") or None,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "backend": backend,

@@ -32,8 +32,8 @@ from cce_precision.analysis import budget as budgets
 from cce_precision.analysis import metrics
 from cce_precision.analysis.capture import STAGES
 from cce_precision.analysis.cases import Case, describe, find, from_file
+from cce_precision.analysis.provenance import provenance
 from cce_precision.analysis.references import Objective, Truth, truth
-from cce_precision.analysis.sweep_provenance import provenance
 from cce_precision.numerics import Path as CodePath
 from cce_precision.numerics import Variant, auto_eps
 from cce_precision.problem import Problem

@@ -69,7 +69,7 @@ def finished_by_hopper(problem: Problem, plan: Plan) -> bool:
 
 
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
-    """Columns a run, a multiple of 256: as many as the workspace holds beside the sums of dE and the copy of e."""
+    """Columns a run, a multiple of 256 or all: as many as the workspace holds beside the sums of dE and a copy of e."""
     need_e, need_c, _ = need
     variant, d = plan.variant, problem.d
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
@@ -82,8 +82,10 @@ def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> in
     column += d * size if variant.sort_vocabulary else 0
     narrowest = NARROWEST if by_hopper else NARROWEST_LIBRARY
     width = max(narrowest, (megabytes * 2**20 - fixed) // column // 256 * 256)
+    if by_hopper:  # of the workspace alone: `walk` has room elsewhere too
+        return min(width, -(-problem.v // 256) * 256, WIDEST)
     runs = -(-problem.v // width)
-    return width if by_hopper else -(-problem.v // (runs * 256)) * 256
+    return min(-(-problem.v // (runs * 256)) * 256, -(-problem.v // 8) * 8)
 
 
 def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
@@ -195,12 +197,11 @@ def walk_runs(
     weighted_c = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
 
     parts = 2 if is_split(problem, plan) else 1
-    width = min(run_width(problem, plan, need), -(-v // 8) * 8)
+    width = run_width(problem, plan, need)
     sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
     if finished_by_hopper(problem, plan):
-        width = min(-(-width // 256) * 256, WIDEST)
         pool = torch.empty(parts * n * width * e.element_size(), dtype=torch.uint8, device=device)
         walk(problem, e, terms, segments, pool, parts, None if sums_e is None else sums_e.total, d_c, d_bias, None)
         return finished(problem, plan, e, terms, sums_e, d_c, d_bias)

@@ -1,4 +1,4 @@
-"""Where a sweep's table comes from."""
+"""Where a measurement comes from: the commit, and of a sweep's table all else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 import cce_precision
 
-__all__ = ["provenance"]
+__all__ = ["git", "provenance"]
 
 
-def _git(*args: str) -> str:
+def git(*args: str) -> str:
+    """What git says of this package's checkout; "" where there is no git or no checkout."""
     try:
         return subprocess.run(
             ("git", *args), cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
@@ -34,8 +35,8 @@ def _device() -> str:
 
 def provenance(threads: int, command: str) -> dict[str, str]:
     """Commit, versions, device and its threads a cell, command."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
         commit += " with changes"
     versions = f"cce-precision {cce_precision.__version__}, torch {torch.__version__}, "
     versions += f"Python {platform.python_version()}, {platform.system()}"
