@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
+from .entry import entry
 from .heads import operand
 from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, multiprocessors, precision_of, tuned
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
@@ -24,6 +25,7 @@ from .terms import RowTerms
 __all__ = ["Run", "TileFilter", "block_rows", "write_dz", "write_powers"]
 
 
+@entry
 @triton.jit
 def dz_kernel(
     e,  # (N, D) descriptor or pointer, ignored rows 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..numerics import Filter, FilterKind
 from ..problem import Problem
 from .dz import store_tile
+from .entry import entry
 from .heads import operand
 from .launch import config_for, descriptor_fits, multiprocessors, precision_of
 from .primitives import (
@@ -102,6 +103,7 @@ def sampled(p, rows, columns, eps, seed, factor, KIND: tl.constexpr, TAIL: tl.co
         return tl.where(small, below, p)
 
 
+@entry
 @triton.jit
 def members_kernel(seed, out, groups, share, count, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -143,6 +145,7 @@ class ElementFilter:
         return ElementFilter(kind, filt.threshold(dtype), seed)
 
 
+@entry
 @triton.jit
 def filtered_kernel(
     e,  # (N, D) descriptor or pointer, ignored rows 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..promise import Seen, row_norms
 from .elements import STOCHASTIC, ElementFilter, dz_entries
+from .entry import entry
 from .hits import BLOCK
 from .launch import multiprocessors, precision_of
 from .lists import BATCH, Lists
@@ -45,6 +46,7 @@ def hit_values(values, masks, offsets, slot, inside, WIDTH: tl.constexpr):
     return tl.load(values + at, mask=((bits[:, None] >> tl.arange(0, WIDTH)[None, :]) & 1) != 0, other=0.0)
 
 
+@entry
 @triton.jit
 def gather_kernel(
     e,  # (N, D) contiguous; ignored rows stand in no list
@@ -128,6 +130,7 @@ def gather_kernel(
         tl.atomic_add(row_counts + rows, tl.sum(kept, 1), mask=inside)
 
 
+@entry
 @triton.jit
 def rows_kernel(
     masks,  # (capacity,) int16 by slot
@@ -271,6 +274,7 @@ def entries_of(
     return Entries(lists, buffers, starts, 1 - fits)
 
 
+@entry
 @triton.jit
 def seen_kernel(starts, columns, weights, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
     row = tl.program_id(0)

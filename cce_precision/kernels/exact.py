@@ -16,6 +16,7 @@ from torch import Tensor
 from ..problem import Problem
 from .dz import Run, write_dz
 from .elements import DTYPES
+from .entry import entry
 from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
 from .schedule import WIDEST, best_width
@@ -28,6 +29,7 @@ __all__ = [
 NARROWEST = 256  # columns of a run
 
 
+@entry
 @triton.jit
 def products_kernel(
     total_e,  # (N, D) fp32, in and out; or unused

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Heads, Plan, Problem
+from .entry import Tiles, entry
 from .launch import Config, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import (
     LN2,
@@ -47,6 +47,7 @@ _FIELDS = tl.constexpr(6)  # maximum, sum, entropy sum, smooth offset, smooth su
 _COMBINE_ROWS = 128
 
 
+@entry
 @triton.jit
 def forward_kernel(
     e,  # (N, D) descriptor or pointer
@@ -154,6 +155,7 @@ def forward_kernel(
         tl.store(place + wide(n) * split + rows, where_best, mask=inside)
 
 
+@entry
 @triton.jit
 def combine_kernel(
     partial,  # (FIELDS, splits, N) fp32
@@ -247,9 +249,9 @@ def splits_of(v: int, columns_a_tile: int) -> tuple[int, int]:
     return -(-tiles // tiles_a_split), tiles_a_split
 
 
-def operand(x: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
+def operand(x: Tensor, block: list[int], tma: bool) -> Tensor | Tiles:
     """x as a kernel takes it."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
+    return Tiles(x, (block[0], block[1])) if tma else x
 
 
 def flags_of(problem: Problem, plan: Plan) -> tuple[bool, ...]:

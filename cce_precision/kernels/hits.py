@@ -22,6 +22,7 @@ from torch import Tensor
 from ..numerics import Filter, FilterKind, Variant
 from ..problem import Heads, Plan, Problem
 from .elements import seed_words
+from .entry import entry
 from .heads import combine_kernel, operand, splits_of
 from .heads import forward as forward_heads
 from .launch import config_for, descriptor_fits, precision_of
@@ -130,6 +131,7 @@ def drawn_bits(p, limit, by_row, first, M: tl.constexpr, N: tl.constexpr):
         return block_bits(x, 1.0e-37, 1.0, M, N)
 
 
+@entry
 @triton.jit
 def hits_kernel(
     e,  # (N, D) descriptor or pointer

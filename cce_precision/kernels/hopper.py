@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..problem import Problem
+from .entry import Tiles, entry
 
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows of one consumer
@@ -198,6 +198,7 @@ def softmax_half(
     gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
 
 
+@entry
 @gluon.jit
 def hopper_forward_kernel(
     e,  # (N, D) descriptor, tiles (128, 64)
@@ -304,8 +305,9 @@ def hopper_forward_kernel(
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _LAYOUT)
+def describe(x: Tensor, rows: int, columns: int) -> Tiles:
+    """A 16-bit matrix for the bulk copy engine."""
+    return Tiles(x, (rows, columns), _LAYOUT)
 
 
 def launch_forward(

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from ..problem import Problem
+from .entry import entry
 from .hopper import COLUMNS, DEPTH, HALF, LOG2E, ROWS, copy_tiles, describe, logits_half, place_of, tanh
 from .launch import multiprocessors
 from .record import units_of
@@ -126,6 +127,7 @@ def dz_half(
     tma.store_wait(0)
 
 
+@entry
 @gluon.jit
 def hopper_dz_kernel(
     e,  # (N, D) descriptor, tiles (128, 64)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from .entry import entry
 from .hopper import describe
 
 OWN = gl.constexpr(128)  # rows of the output that one program owns
@@ -136,6 +137,7 @@ def sum_survivors(
         gl.store((lost_sums + target * d)[:, None] + features[None, :], lost, mask=mask)
 
 
+@entry
 @gluon.jit
 def hopper_tile_product_kernel(
     dz,  # (N, W) descriptor, tiles (64, 64)

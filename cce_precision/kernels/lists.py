@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .entry import entry
 from .hits import BLOCK
 from .launch import config_for
 from .primitives import wide
@@ -54,6 +55,7 @@ def every_bit(tile, v, BITS: tl.constexpr, WIDTH: tl.constexpr):
     return ((1 << there) - 1).to(tl.int16)
 
 
+@entry
 @triton.jit
 def count_kernel(
     words,  # (tiles, N) int16
@@ -79,6 +81,7 @@ def count_kernel(
     tl.store(column_counts + tile * BITS + tl.arange(0, BITS), total)
 
 
+@entry
 @triton.jit
 def tokens_kernel(
     words,  # (tiles, N) int16
@@ -112,6 +115,7 @@ def tokens_kernel(
             place += tl.sum(bits, 0)
 
 
+@entry
 @triton.jit
 def blocks_kernel(
     words,  # (tiles, N) int16

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Plan, Problem
+from .entry import entry
 from .launch import config_for
 from .primitives import LOG2E, cap, grouped, wide
 from .terms import matvec, weighted_sum
@@ -42,6 +43,7 @@ def threshold(problem: Problem, plan: Plan) -> float:
     return math.log2(eps) - SLACK if eps > 0 else -math.inf
 
 
+@entry
 @triton.jit
 def first_bounds_kernel(
     e,  # (N, D)
@@ -108,6 +110,7 @@ def first_bounds(problem: Problem, scale: float) -> Tensor:
     return out
 
 
+@entry
 @triton.jit
 def candidates_kernel(
     record,  # (row blocks, words) int32
@@ -188,6 +191,7 @@ def candidates(
     return [row[: blocks * triton.cdiv(w, tn)].view(blocks, -1) for row, w in zip(alive, widths)]
 
 
+@entry
 @triton.jit
 def units_kernel(
     alive,  # (row blocks, column tiles) int32, by strides

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..problem import Problem
 from .elements import DTYPES
 from .entries import Entries, hit_values
+from .entry import entry
 from .hits import BLOCK
 from .launch import Config, precision_of
 from .primitives import add_parts, round_to, wide
@@ -25,6 +26,7 @@ __all__ = ["finish_blocks", "finish_rows"]
 BLOCKS = Config(32, 256, BLOCK, 4, 3)  # tokens and 16-bit features of dC's products; of 32-bit features half as many
 
 
+@entry
 @triton.jit
 def finish_rows_kernel(
     out,  # (N, D) gradient
@@ -102,6 +104,7 @@ def finish_rows(
     )
 
 
+@entry
 @triton.jit
 def finish_blocks_kernel(
     out,  # (V, D) gradient

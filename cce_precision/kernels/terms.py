@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..numerics import power_of_two
 from ..problem import Heads, Plan, Problem, Upstream
+from .entry import entry
 from .primitives import round_to, wide
 
 __all__ = [
@@ -120,6 +121,7 @@ def clean_rows(problem: Problem) -> Tensor:
     return torch.where((problem.targets >= 0)[:, None], problem.e, 0).contiguous()
 
 
+@entry
 @triton.jit
 def clean_rows_kernel(e, targets, out, active, d, stride_e, COLUMNS: tl.constexpr):
     if tl.load(active) != 0:
@@ -138,6 +140,7 @@ def clean_rows_into(out: Tensor, problem: Problem, active: Tensor) -> Tensor:
     return out
 
 
+@entry
 @triton.jit
 def label_rows_kernel(
     out,  # (N, D) fp32
@@ -209,6 +212,7 @@ def label_rows(
     return out
 
 
+@entry
 @triton.jit
 def scale_kernel(unit, factor, out, active, size, BLOCK: tl.constexpr, ACTIVE: tl.constexpr):
     wanted = True
@@ -236,6 +240,7 @@ def scale_into(out: Tensor, unit: Tensor, factor: Tensor, active: Tensor | None 
     )
 
 
+@entry
 @triton.jit
 def finish_columns_kernel(
     out,  # (V, D) gradient, rows start to start + W
@@ -326,6 +331,7 @@ def finish_columns(
     )
 
 
+@entry
 @triton.jit
 def weighted_sum_kernel(
     x,  # (R, D)
@@ -379,6 +385,7 @@ def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
     return out.sum(0)
 
 
+@entry
 @triton.jit
 def matvec_kernel(x, vector, out, rows, d, stride_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..numerics import Accumulation
 from .dz import TileFilter
+from .entry import entry
 from .heads import operand
 from .launch import descriptor_fits, hopper_fits, precision_of
 from .primitives import kahan_add, load_tile, multiply_add, round_to
@@ -25,6 +26,7 @@ __all__ = ["survivors", "tile_product"]
 _MODES = {Accumulation.FP32: 0, Accumulation.INPUT: 1, Accumulation.KAHAN: 2}
 
 
+@entry
 @triton.jit
 def survivors_kernel(
     alive,  # (owners, walked) int32, by strides: survives where >= least
@@ -70,6 +72,7 @@ def add_contribution(total, lost, value, scale, MODE: tl.constexpr, DTYPE: tl.co
         return kahan_add(total, lost, value * scale, DTYPE)
 
 
+@entry
 @triton.jit
 def tile_product_kernel(
     dz,  # (N, W) descriptor or pointer
