@@ -110,8 +110,9 @@ class Cost:
         """MiB in which the one-pass mode holds chunks of `tokens`; None for a variant that asks for no workspace."""
         if not self.one_pass:
             return None
-        token = 2 * v + 8 * (v // 256 + 1) + 2 * d
-        return math.ceil((4 * v * d + 6 * n * d + token * 128 * math.ceil(min(n, tokens) / 128)) / MIB)
+        token = 2 * v + 16 + 8 * (v // 256 + 1) + 4 * d
+        chunk = 4 * v * d + token * 128 * math.ceil(min(n, tokens) / 128)
+        return math.ceil((4 * n * d + min(chunk, n * token)) / MIB)
 
 
 class _Case(NamedTuple):

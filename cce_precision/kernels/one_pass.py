@@ -5,13 +5,19 @@ By chunks of tokens: one logits product writes the powers A_ij = exp(z_ij - r_i)
 target's entry 0, with the target's logit as the reference r_i. The row sum of A is then the odds against the target:
 nll = log1p of it, and P_ij = A_ij exp(r_i - lse_i) is known once the row is complete. So dE_i = exp(r_i - lse_i) (A
 C)_i and dC += A^T E' with rows e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are added in fp32.
-Gradients leave in fp32, unrounded.
+
+The upstream gradient is known in the backward pass alone, and dC is to be rounded once. So the last chunk's product
+with dC waits for it (`finished`): its epilogue adds the sums of the chunks before, the target's terms and the factor,
+and rounds. Where the workspace holds the powers of all tokens, that is the whole product, and there are no fp32 sums.
 
 A row block in which a power came near to overflow is computed again from the row maximum, on the device: right for any
-logits. Memory: fp32 sums of dC and one chunk's powers. bf16 alone, whose range is that of fp32.
+logits. bf16 alone, whose range is that of fp32.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,20 +28,45 @@ from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
 from .dz import block_rows, write_powers
+from .entry import entry
+from .exact import products_by_hopper
 from .primitives import wide
-from .terms import RowTerms, clean_rows, scale_into
+from .terms import RowTerms, TokensByTarget, finish_columns, scale_into
 
-__all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
+__all__ = ["Chunks", "Unfinished", "chunks_of", "finished", "forward_one_pass", "shapes"]
 
 _FEWEST_TOKENS = 1024
+_FEWEST_KEPT = 128
 _COLUMNS_A_SUM = (
     32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
 )
 _LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
+_SUMS = 2**26  # bytes of dC's fp32 sums in a run of columns, where the library computes the product that waits
 
 
-def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
-    """Tokens a chunk, or None where one pass does not fit the call or the workspace that it allows."""
+@dataclass(frozen=True)
+class Chunks:
+    """How the tokens are shared out."""
+
+    tokens: int  # in a chunk that the forward pass is done with
+    kept: int  # the last ones, whose product with dC waits for the backward pass
+
+
+class Unfinished(NamedTuple):
+    """The gradients of sum_i nll_i before their factor is known. Empty where not wanted."""
+
+    unit_e: Tensor  # (N, D) fp32
+    sums_c: Tensor  # (V, D) fp32: of the tokens before the kept ones, without the target's terms; empty for none
+    powers: Tensor  # (kept, V rounded up to 8) bf16
+    rows: Tensor  # (kept, D) bf16: exp(r_i - lse_i) e_i
+    label: Tensor  # (N,) fp32: P_t - 1, 0 where ignored
+
+
+def chunks_of(problem: Problem, plan: Plan) -> Chunks | None:
+    """The chunks, or None where one pass does not fit the call or the workspace that it allows.
+
+    The workspace holds everything but the gradients; as many tokens are kept as it holds with them, 128 at least.
+    """
     variant = plan.variant
     plain = problem.bias is None and problem.softcap is None and problem.temperature == 1.0
     heads = plan.want_entropy or plan.want_smooth or plan.want_argmax
@@ -49,15 +80,52 @@ def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
     ):
         return None
     n, v, d = problem.n, problem.v, problem.d
-    fixed = 4 * v * d + 6 * n * d
-    token = 2 * v + 8 * (v // 256 + 1) + 2 * d
-    most = (plan.workspace_mb * 2**20 - fixed) // token // 128 * 128
+    room, sums = plan.workspace_mb * 2**20 - 4 * n * d, 4 * v * d
+    token = _bytes_kept(problem) + 2 * d + 8 * (v // 256 + 1)  # with a clean copy of e and the statistics
+    if plan.one_pass is not None and not plan.one_pass[1]:
+        most = room // token // 128 * 128
+        return None if most < min(n, _FEWEST_TOKENS) else Chunks(_even(n, most), 0)
+    gradients = 2 * (v + n) * d
+    if n * token + gradients <= room:
+        return Chunks(n, n)
+    most = (room - sums) // token // 128 * 128
     if most < min(n, _FEWEST_TOKENS):
+        return Chunks(n, n) if n * token <= room else None
+    kept = max(_FEWEST_KEPT, (room - sums - gradients) // _bytes_kept(problem) // 128 * 128)
+    return Chunks(n, n) if kept >= n else Chunks(_even(n - kept, most), kept)
+
+
+def _bytes_kept(problem: Problem) -> int:
+    """Bytes a token of `Unfinished.powers` and `rows`."""
+    return 2 * (_padded(problem.v) + problem.d)
+
+
+def _padded(v: int) -> int:
+    return -(-v // 8) * 8
+
+
+def _even(tokens: int, most: int) -> int:
+    """Tokens a chunk, a multiple of 128: as few chunks of at most `most` as there can be, and all alike."""
+    return min(most, -(-tokens // (-(-tokens // most) * 128)) * 128)
+
+
+def shapes(problem: Problem, plan: Plan) -> Unfinished | None:
+    """What `forward_one_pass` leaves, as tensors without values; None where one pass does not fit."""
+    if plan.one_pass is None or (chunks := chunks_of(problem, plan)) is None:
         return None
-    chunks = -(-n // most)
-    return min(-(-n // (chunks * 128)) * 128, most)
+    (need_e, need_c, _), n, d, like = plan.one_pass, problem.n, problem.d, problem.e
+    kept = chunks.kept if need_c else 0
+    sums = problem.v if need_c and kept < n else 0
+    return Unfinished(
+        like.new_empty((n, d) if need_e else (0,), dtype=torch.float32),
+        like.new_empty((sums, d) if sums else (0,), dtype=torch.float32),
+        like.new_empty((kept, _padded(problem.v)) if kept else (0,), dtype=problem.c.dtype),
+        like.new_empty((kept, d) if kept else (0,), dtype=problem.c.dtype),
+        like.new_empty(n if need_c else 0, dtype=torch.float32),
+    )
 
 
+@entry
 @triton.jit
 def target_logits_kernel(e, c, targets, out, d, stride_c, FEATURES: tl.constexpr):
     row = tl.program_id(0)
@@ -72,6 +140,7 @@ def target_logits_kernel(e, c, targets, out, d, stride_c, FEATURES: tl.constexpr
     tl.store(out + row, tl.sum(total, 0))
 
 
+@entry
 @triton.jit
 def fold_stats_kernel(stats, odds, top, n, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
     """Row sums and row maxima over the column tiles, in an order that depends on their number alone."""
@@ -96,6 +165,7 @@ def fold_stats(stats: Tensor) -> tuple[Tensor, Tensor]:
     return odds, top
 
 
+@entry
 @triton.jit
 def finish_rows_kernel(
     total,  # (N, D) fp32, in and out
@@ -119,56 +189,18 @@ def finish_rows_kernel(
     tl.store(at, value, mask=j < d)
 
 
-@triton.jit
-def add_labels_kernel(
-    total,  # (V, D) fp32, in and out
-    e,  # (N, D) contiguous
-    values,  # (N,) int64 targets in rising order
-    tokens,  # (N,) int64 the tokens that they belong to
-    label,  # (N,) fp32
-    n,
-    d,
-    TOKENS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """The program of the first token of each target adds label_i e_i of all its tokens, in order."""
-    place = tl.program_id(0)
-    j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    target = tl.load(values + place)
-    before = tl.load(values + place - 1, mask=place > 0, other=-1)
-    if target != before:
-        at = total + target * d + j
-        value = tl.load(at, mask=j < d, other=0.0)
-        more = target >= 0
-        i = place
-        while more:
-            block = i + tl.arange(0, TOKENS)
-            same = tl.load(values + block, mask=block < n, other=-1) == target
-            token = tl.load(tokens + block, mask=same, other=0)
-            x = tl.load(label + token, mask=same, other=0.0)
-            inside = same[:, None] & (j < d)[None, :]
-            value += tl.sum(
-                x[:, None] * tl.load(e + token[:, None] * d + j[None, :], mask=inside, other=0).to(tl.float32), 0
-            )
-            more = tl.sum(same.to(tl.int32)) == TOKENS
-            i += TOKENS
-        tl.store(at, value, mask=j < d)
-
-
-def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """unit (fp32, contiguous) times factor (0-dim fp32), rounded once to the dtype of `like`."""
-    out = torch.empty(unit.shape, dtype=like.dtype, device=unit.device)
-    scale_into(out, unit, factor)
-    return out
+def _plain_terms(targets: Tensor, reference: Tensor, label: Tensor, scale: Tensor) -> RowTerms:
+    """Terms that make dZ the powers relative to `reference` (T,), with the label apart."""
+    none = torch.zeros_like(reference)
+    rows = torch.stack([reference, torch.ones_like(reference), none, none, none, none])
+    return RowTerms(targets, rows, label, scale, False, False, False, False)
 
 
 def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
     """Fills powers (T, V); returns (sum of each row's powers, the reference that they are relative to), (T,) each."""
 
     def terms(r: Tensor) -> RowTerms:
-        none = torch.zeros_like(r)
-        rows = torch.stack([r, torch.ones_like(r), none, none, none, none])
-        return RowTerms(targets, rows, none, none, False, False, False, False)
+        return _plain_terms(targets, r, r, r)
 
     stats = write_powers(problem, e, problem.c, terms(reference), powers, None, None)
     _, top = fold_stats(stats)
@@ -181,31 +213,29 @@ def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, pow
     return fold_stats(stats)[0], reference
 
 
-def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The heads, and the gradients of sum_i nll_i that plan.one_pass asks for (of e, c; a bias never comes here), in
-    fp32.
+def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
+    """The heads, and what `finished` makes the gradients of that plan.one_pass asks for (of e, c; a bias never comes
+    here).
 
-    Requires `tokens_a_chunk` not None. No host synchronisation.
+    Requires `chunks_of` not None. No host synchronisation.
     """
-    tokens = tokens_a_chunk(problem, plan)
-    assert tokens is not None and plan.one_pass is not None
-    need_e, need_c, _ = plan.one_pass
+    chunks, left = chunks_of(problem, plan), shapes(problem, plan)
+    assert chunks is not None and left is not None
     n, v, d, device = problem.n, problem.v, problem.d, problem.e.device
-    e, c, targets = clean_rows(problem), problem.c, problem.targets
+    c, targets = problem.c, problem.targets
     counts = targets >= 0
     features = min(1024, triton.next_power_of_2(d))
     z_t = torch.empty(n, dtype=torch.float32, device=device)
-    target_logits_kernel[(n,)](e, c, targets, z_t, d, tuple(c.stride()), FEATURES=features)
     nll, lse, label = torch.zeros_like(z_t), torch.zeros_like(z_t), torch.zeros_like(z_t)
-    d_e = torch.empty((n, d), dtype=torch.float32, device=device) if need_e else None
-    d_c = torch.empty((v, d), dtype=torch.float32, device=device) if need_c else None
-    powers = torch.empty((tokens, -(-v // 8) * 8), dtype=c.dtype, device=device)[:, :v]
+    early = n - left.powers.shape[0]
 
-    for start in range(0, n, tokens):
-        chunk = slice(start, min(start + tokens, n))
-        size = chunk.stop - start
+    def run(chunk: slice, powers: Tensor) -> Tensor:
+        """Heads, label and dE of a chunk; fills its powers and returns its rows e'."""
+        size = chunk.stop - chunk.start
         inside = counts[chunk]
-        odds, reference = _powers(problem, e[chunk], targets[chunk], z_t[chunk], powers[:size])
+        e = torch.where(inside[:, None], problem.e[chunk], 0).contiguous()
+        target_logits_kernel[(size,)](e, c, targets[chunk], z_t[chunk], d, tuple(c.stride()), FEATURES=features)
+        odds, reference = _powers(problem, e, targets[chunk], z_t[chunk], powers)
         gap = torch.log(odds) + (reference - z_t[chunk])  # log of the odds against the target
         moved = torch.clamp(gap, min=0) + torch.log1p(torch.exp(-gap.abs()))
         loss = torch.where(reference == z_t[chunk], torch.log1p(odds), moved)
@@ -213,19 +243,61 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor 
         lse[chunk] = torch.where(inside, z_t[chunk] + loss, 0)
         label[chunk] = torch.where(inside, torch.expm1(-loss), 0)
         factor = torch.where(inside, torch.exp(reference - z_t[chunk] - loss), 0)  # exp(r - lse)
-        if d_e is not None:
+        if left.unit_e.numel():
             for column in range(0, v, _COLUMNS_A_SUM):
-                run = slice(column, min(column + _COLUMNS_A_SUM, v))
-                accumulate_product(d_e[chunk], powers[:size, run], c[run], column == 0)
+                part = slice(column, min(column + _COLUMNS_A_SUM, v))
+                accumulate_product(left.unit_e[chunk], powers[:, part], c[part], column == 0)
             finish_rows_kernel[(size, triton.cdiv(d, features))](
-                d_e[chunk], c, targets[chunk], factor, label[chunk], d, tuple(c.stride()), FEATURES=features
+                left.unit_e[chunk], c, targets[chunk], factor, label[chunk], d, tuple(c.stride()), FEATURES=features
             )
-        if d_c is not None:
-            scaled = (e[chunk] * factor[:, None]).to(c.dtype)
-            accumulate_product(d_c, powers[:size].T, scaled, start == 0)
-    if d_c is not None:
-        values, order = torch.sort(targets, stable=True)
-        width = min(512, features)
-        add_labels_kernel[(n, triton.cdiv(d, width))](d_c, e, values, order, label, n, d, TOKENS=16, FEATURES=width)
+        return (e * factor[:, None]).to(c.dtype)
+
+    if early:
+        powers = torch.empty((min(chunks.tokens, early), _padded(v)), dtype=c.dtype, device=device)[:, :v]
+        for start in range(0, early, chunks.tokens):
+            chunk = slice(start, min(start + chunks.tokens, early))
+            own = powers[: chunk.stop - start]
+            rows = run(chunk, own)
+            if left.sums_c.numel():
+                accumulate_product(left.sums_c, own.T, rows, start == 0)
+        del powers, own
+    if early < n:
+        left.rows.copy_(run(slice(early, n), left.powers[:, :v]))
     argmax = torch.empty(0, dtype=torch.int64, device=device)
-    return Heads(nll, lse, nll.new_empty(0), nll.new_empty(0), argmax), (d_e, d_c, None)
+    return Heads(nll, lse, nll.new_empty(0), nll.new_empty(0), argmax), left._replace(label=label[: left.label.numel()])
+
+
+def finished(problem: Problem, left: Unfinished, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(dE, dC) in the dtypes of e and c: what `forward_one_pass` left times factor (0-dim fp32), each rounded once."""
+    d_e = d_c = None
+    if left.unit_e.numel():
+        d_e = torch.empty(problem.e.shape, dtype=problem.e.dtype, device=factor.device)
+        scale_into(d_e, left.unit_e, factor)
+    if left.label.numel():
+        d_c = torch.empty(problem.c.shape, dtype=problem.c.dtype, device=factor.device)
+        _finish_classifier(problem, left, factor, d_c)
+    return d_e, d_c
+
+
+def _finish_classifier(problem: Problem, left: Unfinished, factor: Tensor, d_c: Tensor) -> None:
+    """d_c = (the sums + powers^T rows + the target's terms) factor."""
+    v, d = d_c.shape
+    e, powers = problem.e.contiguous(), left.powers[:, :v]
+    base = left.sums_c if left.sums_c.numel() else None
+    segments = TokensByTarget.of(problem.targets, v)
+    if products_by_hopper(problem.c):
+        from .hopper_product import Columns, Labels, add_products
+
+        labels = Labels(e, problem.targets, left.label, segments)
+        add_products([powers], left.rows, problem.c, Columns(d_c, factor, labels, 0, base), None)
+        return
+    terms = _plain_terms(problem.targets, left.label, left.label, factor)
+    width = min(v, max(1024, _SUMS // (4 * d) // 8 * 8))
+    sums = torch.empty((width, d), dtype=torch.float32, device=d_c.device)
+    for start in range(0, v, width):
+        run = slice(start, min(start + width, v))
+        total = sums[: run.stop - start]
+        if base is not None:
+            total.copy_(base[run])
+        accumulate_product(total, powers[:, run].T, left.rows, base is None)
+        finish_columns(d_c, total, start, e, terms, segments, None, None, None)
