@@ -135,18 +135,19 @@ def _(upstream, heads, record, e, c, bias, targets, weight, seed, plan, need):  
 
 
 @torch.library.custom_op("cce_precision::finished", mutates_args=())
-def _finished(left: Sequence[Tensor], factor: Tensor, e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _finished(
+    left: Sequence[Tensor], factor: Tensor, e: Tensor, c: Tensor, targets: Tensor, need: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """(dE, dC) of what a forward pass in one left, times the upstream scalar factor[0]; empty where not wanted."""
-    problem = Problem(e, c, targets)
-    gradients = kernels.finished(problem, left, factor[:1].reshape(()))
+    wanted = (bool(need[0]), bool(need[1]))
+    gradients = kernels.finished(Problem(e, c, targets), left, factor[:1].reshape(()), wanted)
     return tuple(e.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
 
 @_finished.register_fake
-def _(left, factor, e, c, targets):  # type: ignore[no-untyped-def]
-    unit_e, *_, label = left
+def _(left, factor, e, c, targets, need):  # type: ignore[no-untyped-def]
     like = lambda x, wanted: x.new_empty(x.shape if wanted else 0)  # noqa: E731
-    return like(e, unit_e.numel()), like(c, label.numel())
+    return like(e, need[0]), like(c, need[1])
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -164,7 +165,7 @@ def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
     if all(g is None for g in grads[:4]):
         return (None,) * 7
     if any(x.numel() for x in left):
-        d_e, d_c = torch.ops.cce_precision.finished(left, grads[0], e, c, targets)
+        d_e, d_c = torch.ops.cce_precision.finished(left, grads[0], e, c, targets, need[:2])
         return (d_e if need[0] else None, d_c if need[1] else None, None, None, None, None, None)
     upstream = [e.new_empty(0, dtype=nll.dtype) if g is None else g.contiguous() for g in grads[:4]]
     gradients = torch.ops.cce_precision.backward(

@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from cce_precision.kernels import dz, heads, launch, terms, tile_filter  # noqa: E402
+from cce_precision.kernels import dz, heads, launch, one_pass, terms, tile_filter  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -235,6 +235,18 @@ def test_row_kernels(arch: str) -> None:
         "ORDER": Constant(True),
     }
     check(finish, terms.finish_columns_kernel, arch, spills=16, num_warps=4)  # loop bounds, outside the loop
+    labels = {
+        "total": FP32,
+        "e": "*bf16",
+        "values": I64,
+        "tokens": I64,
+        "label": FP32,
+        "n": "i32",
+        "d": "i32",
+        "TOKENS": Constant(16),
+        "FEATURES": Constant(512),
+    }
+    check(labels, one_pass.add_labels_kernel, arch, num_warps=4)
     combine = {
         "partial": FP32,
         "place": I32,
@@ -312,7 +324,7 @@ def test_warp_specialised_kernels(which: str) -> None:
         kernel = hopper_dz.hopper_dz_kernel
         arguments = logits | {
             "dz": hopper_matrix(64, 256),
-            "dz_low": hopper_matrix(64, 256),
+            "dz_low": hopper_matrix(64, 256) if DZ_FLAGS[which][6] else "*bf16",
             "rows_terms": FP32,
             "label": FP32,
             "bias": "*bf16",
@@ -355,13 +367,12 @@ def test_warp_specialised_kernels(which: str) -> None:
     assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used
 
 
-PRODUCT_FLAGS = {  # (dC, split, label apart, dE, active, base)
-    "both": (True, False, True, True, False, False),
-    "active": (True, False, True, True, True, False),
-    "frozen c": (False, False, False, True, False, False),
-    "split": (True, True, True, True, False, False),
-    "frozen e": (True, False, True, False, False, False),
-    "base": (True, False, True, False, False, True),
+PRODUCT_FLAGS = {  # (dC, split, label apart, dE, active)
+    "both": (True, False, True, True, False),
+    "active": (True, False, True, True, True),
+    "frozen c": (False, False, False, True, False),
+    "frozen e": (True, False, True, False, False),
+    "split": (True, True, True, True, False),
 }
 
 
@@ -377,10 +388,11 @@ def test_products(which: str) -> None:
 
     sums = f"tensordesc<fp32[64, 64],{SUMS_LAYOUT!r}>"
     arguments: dict[str, Any] = {
-        **dict.fromkeys(("dz", "dz_low"), hopper_matrix(64, 64)),
+        "dz": hopper_matrix(64, 64),
+        "dz_low": hopper_matrix(64, 64) if PRODUCT_FLAGS[which][1] else "*bf16",
         **dict.fromkeys(("e", "c", "out"), hopper_matrix(64, 256)),
         "sum_e": sums,
-        **dict.fromkeys(("base", "label", "scale"), FP32),
+        **dict.fromkeys(("label", "scale"), FP32),
         **dict.fromkeys(("tokens", "targets"), I64),
         **dict.fromkeys(("own_units", "other_units", "ahead", "rows_first"), "i32"),
         "e_rows": "*bf16",

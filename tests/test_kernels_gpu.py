@@ -106,20 +106,25 @@ def test_loss_does_not_depend_on_the_batch() -> None:
         assert torch.equal(whole.nll[rows], part.nll) and torch.equal(whole.lse[rows], part.lse)
 
 
-@pytest.mark.parametrize("kept", [900, 128])
+@pytest.mark.parametrize(("kept", "d"), [(False, 256), (True, 256), (True, 2048)])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_one_pass(monkeypatch: pytest.MonkeyPatch, scale: float, kept: int) -> None:
-    """Scale 300: logits of hundreds, powers that overflow, row blocks computed again. Both when the product with dC
-    waits as a whole, and when it adds to the sums of earlier chunks; a second backward pass gives the same."""
+def test_one_pass(monkeypatch: pytest.MonkeyPatch, scale: float, kept: bool, d: int) -> None:
+    """Scale 300: logits of hundreds, powers that overflow, row blocks computed again. By chunks, and with powers that
+    wait for the products of the library or, of 2048 features, our own; a second backward pass gives the same."""
     from cce_precision.kernels import one_pass
 
-    monkeypatch.setattr(one_pass, "chunks_of", lambda problem, plan: one_pass.Chunks(512, kept))
-    problem = problem_of(900, 4000, 256, torch.bfloat16, scale, ignored=True)
+    monkeypatch.setattr(one_pass, "keeps_powers", lambda problem, plan: kept)
+    monkeypatch.setattr(one_pass, "tokens_a_chunk", lambda problem, plan: 512)
+    monkeypatch.setattr(one_pass, "WIDEST", 1024)
+    problem = problem_of(900, 4000, d, torch.bfloat16, scale * (256 / d) ** 0.5, ignored=True)
     plan = Plan(variants.get("cce_exact"), workspace_mb=64, one_pass=(True, True, False))
     heads, left = kernels.forward_one_pass(problem, plan)
     factor = torch.tensor(0.25, device="cuda")
-    d_e, d_c = kernels.finished(problem, left, factor)
-    assert all(x is not None and torch.equal(x, y) for x, y in zip((d_e, d_c), kernels.finished(problem, left, factor)))
+    d_e, d_c = kernels.finished(problem, left, factor, (True, True))
+    again = kernels.finished(problem, left, factor, (True, True))
+    assert all(x is not None and y is not None and torch.equal(x, y) for x, y in zip((d_e, d_c), again))
+    alone = kernels.finished(problem, left, factor, (False, True))
+    assert alone[0] is None and alone[1] is not None and torch.equal(alone[1], again[1])
     exact = Problem(problem.e.double(), problem.c.double(), problem.targets)
     plain = Plan(variants.get("cce_exact"))
     reference = eager.forward(exact, plain)

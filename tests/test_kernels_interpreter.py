@@ -175,22 +175,24 @@ def test_only_what_is_needed_is_computed(need: tuple[bool, bool, bool]) -> None:
         assert a is None or (b is not None and torch.equal(a, b))
 
 
-@pytest.mark.parametrize(("scale", "ignored", "kept"), [(1.0, False, 40), (1.0, True, 8), (60.0, False, 8)])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("scale", "ignored"), [(1.0, True), (60.0, False)])
 def test_one_pass_gives_the_gradients_of_the_sum(
-    monkeypatch: pytest.MonkeyPatch, scale: float, ignored: bool, kept: int
+    monkeypatch: pytest.MonkeyPatch, scale: float, ignored: bool, kept: bool
 ) -> None:
     """Scale 60 overflows the powers of most rows, which are then computed again from the row maximum."""
     from cce_precision.kernels import one_pass
 
-    monkeypatch.setattr(one_pass, "chunks_of", lambda problem, plan: one_pass.Chunks(16, kept))
+    monkeypatch.setattr(one_pass, "keeps_powers", lambda problem, plan: kept)
+    monkeypatch.setattr(one_pass, "tokens_a_chunk", lambda problem, plan: 16)
     problem = problem_of(40, 100, 24, torch.bfloat16, scale)
     if ignored:
         problem.targets[::3] = -1
         problem.e[::3] = torch.nan
     plan = Plan(EXACT, workspace_mb=1024, one_pass=(True, True, False))
     heads, left = kernels.forward_one_pass(problem, plan)
-    gradients = kernels.finished(problem, left, torch.tensor(1.0))
-    again = kernels.finished(problem, left, torch.tensor(0.5))
+    gradients = kernels.finished(problem, left, torch.tensor(1.0), (True, True))
+    again = kernels.finished(problem, left, torch.tensor(0.5), (True, True))
     k = Knobs(n=40, v=100, d=24, reduction="sum")
     call = build(k)
     objective = call.objective

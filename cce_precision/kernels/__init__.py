@@ -141,15 +141,17 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor,
         return run(problem, plan)
 
 
-def finished(problem: Problem, left: Sequence[Tensor], factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def finished(
+    problem: Problem, left: Sequence[Tensor], factor: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """(dE, dC) of what `forward_one_pass` left: the gradients of sum_i nll_i times factor (0-dim fp32), rounded once to
-    the dtypes of e and c; None where they were not asked for.
+    the dtypes of e and c; None where `need`, a part of what the forward pass was asked for, says so.
     """
     from .one_pass import Unfinished
     from .one_pass import finished as run
 
     with _on(factor.device):
-        return run(problem, Unfinished(*left), factor)
+        return run(problem, Unfinished(*left), factor, need)
 
 
 def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:

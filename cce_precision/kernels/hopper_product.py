@@ -109,29 +109,21 @@ def copy_operands(
 
 
 @gluon.jit
-def sums_before(base, row, feature, width, d, layout: gl.constexpr):
-    """base[row : row + 64, feature : feature + 256] of (W, D) fp32, 0 outside."""
-    rows = row + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    features = feature + gl.arange(0, FEATURES, gl.SliceLayout(0, layout))
-    at = (base + rows.to(gl.int64) * d)[:, None] + features[None, :]
-    return gl.load(at, mask=(rows < width)[:, None] & (features < d)[None, :], other=0.0)
-
-
-@gluon.jit
 def product_half(
-    acc,
     left,
     right,
     full,
     free,
     step,
     length,
+    layout: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     SPLIT: gl.constexpr,
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """acc (64, 256) fp32 plus one consumer's sum, what rounding dZ lost first, and the steps taken so far."""
+    """One consumer's (64, 256) sum in fp32, what rounding dZ lost first, and the steps taken so far."""
+    acc = gl.zeros([HALF, FEATURES], gl.float32, layout)
     steps = (length + DEPTH - 1) // DEPTH
     if SPLIT:
         steps *= 2
@@ -226,7 +218,6 @@ def multiply_half(
     staging,
     out,
     sum_e,
-    base,
     e_rows,
     tokens,
     starts,
@@ -255,14 +246,10 @@ def multiply_half(
         row, feature = block * OWN + WHICH * HALF, tile * FEATURES
         if (turn < own) == rows_first:
             if FLAGS[3]:
-                acc = gl.zeros([HALF, FEATURES], gl.float32, layout)
-                acc, step = product_half(acc, left, right, full, free, step, width, False, FLAGS[1], WHICH, STAGES)
+                acc, step = product_half(left, right, full, free, step, width, layout, False, FLAGS[1], WHICH, STAGES)
                 add_to_sums(staging, sum_e, acc, row, feature, WHICH)
         elif FLAGS[0]:
-            acc = gl.zeros([HALF, FEATURES], gl.float32, layout)
-            if FLAGS[5]:
-                acc = sums_before(base, row, feature, width, d, layout)
-            acc, step = product_half(acc, left, right, full, free, step, n, True, FLAGS[1], WHICH, STAGES)
+            acc, step = product_half(left, right, full, free, step, n, layout, True, FLAGS[1], WHICH, STAGES)
             if FLAGS[2]:
                 acc = add_labels(acc, e_rows, tokens, starts, targets, label, start + row, feature, v, d, layout)
             store_half(staging, out, (acc * gl.load(scale)).to(out.dtype), block, tile, WHICH)
@@ -273,13 +260,12 @@ def multiply_half(
 @gluon.jit
 def hopper_product_kernel(
     dz,  # (N, W) descriptor, tiles (64, 64)
-    dz_low,  # (N, W) descriptor of what rounding dz lost, or dz again
+    dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     e,  # (N, D) descriptor, tiles (64, 256)
     c,  # (W, D) descriptor, tiles (64, 256)
     out,  # (W, D) descriptor, tiles (64, 256): dC of the run; or unused
     sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles (64, 64); or unused
-    base,  # (W, D) fp32 what dC's sums begin with; or unused
-    e_rows,  # (tokens, D) contiguous: e of the labels
+    e_rows,  # (N, D) contiguous: e of the labels' terms
     tokens,  # (N,) int64 sorted by target
     starts,  # (V + 1,) int32
     targets,  # (N,) int64
@@ -291,7 +277,7 @@ def hopper_product_kernel(
     other_units,
     ahead,  # rounds of the other kind that programs with one long tile fewer take before the rest
     rows_first,  # 1: dE's tiles are the long ones
-    FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active, base)
+    FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active)
     STAGES: gl.constexpr,
 ):
     left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, DEPTH], dz.layout)
@@ -325,7 +311,6 @@ def hopper_product_kernel(
                     staging,
                     out,
                     sum_e,
-                    base,
                     e_rows,
                     tokens,
                     starts,
@@ -355,7 +340,6 @@ def hopper_product_kernel(
                     staging,
                     out,
                     sum_e,
-                    base,
                     e_rows,
                     tokens,
                     starts,
@@ -426,7 +410,6 @@ class Columns:
     scale: Tensor  # 0-dim fp32
     labels: Labels | None
     start: int  # position of the first row
-    base: Tensor | None = None  # (W, D) fp32 contiguous: added to the sums
 
 
 def products_fit(c: Tensor) -> bool:
@@ -442,8 +425,7 @@ def add_products(
     sum_e: Tensor | None,  # (N, D) fp32
     active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1
 ) -> None:
-    """dZ^T E plus the label terms and the base, scaled and rounded once, and sum_e += dZ C; None: not wanted, but one
-    of them is.
+    """dZ^T E plus the label terms, scaled and rounded once, and sum_e += dZ C; None: not wanted, but one of them is.
 
     e, the sums and dC contiguous; for the rest see `products_fit`.
     """
@@ -457,16 +439,14 @@ def add_products(
     own_units, other_units = (units_e, units_c) if plan.rows_first else (units_c, units_e)
     labels = None if columns is None else columns.labels
     positions = (0, 0) if columns is None or labels is None else (columns.start, labels.segments.starts.shape[0] - 1)
-    base = None if columns is None else columns.base
     unused = e
     hopper_product_kernel[(min(units_c + units_e, multiprocessors(e.device)),)](
         describe(dz, 64, 64),
-        describe(dz if low is None else low, 64, 64),
+        unused if low is None else describe(low, 64, 64),
         describe(e, 64, 256),
         describe(c, 64, 256),
         describe(e if columns is None else columns.out, 64, 256),
         unused if sum_e is None else Tiles(sum_e, (64, 64), SUMS_LAYOUT),
-        unused if base is None else base,
         unused if labels is None else labels.e,
         unused if labels is None else labels.segments.tokens,
         unused if labels is None else labels.segments.starts,
@@ -479,7 +459,7 @@ def add_products(
         other_units,
         plan.ahead,
         int(plan.rows_first),
-        FLAGS=tuple(x is not None for x in (columns, low, labels, sum_e, active, base)),
+        FLAGS=tuple(x is not None for x in (columns, low, labels, sum_e, active)),
         STAGES=3,
         num_warps=4,
     )
