@@ -207,6 +207,12 @@ def _store(row: Row, folder: Path) -> None:
     (folder / f"{row['backend']}-{name}.json").write_text(json.dumps(entry, indent=1) + "\n")
 
 
+def _present(backend: str) -> None:
+    """Raises ValueError for a GPU that is not there."""
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise ValueError("backend cuda: PyTorch sees no CUDA device here")
+
+
 def _spread(
     work: Callable[[Any], Row], tasks: Iterable[Any], backend: str, workers: int
 ) -> Iterator[tuple[Any, Row | Lost]]:
@@ -230,12 +236,14 @@ def campaign(
     """Judges `problems` random problems, or as many as `minutes` allow, and writes what it found; returns the summary.
 
     `torch_compile` takes part with one problem in a hundred, of few shapes, because each shape is a compilation.
-    Interrupted, it writes what it has; called again, it goes on. Raises ValueError for an unknown backend or no limit.
+    Interrupted, it writes what it has; called again, it goes on. Raises ValueError for an unknown backend, a GPU that
+    is not there, or no limit.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _present(backend)
     if problems is None and minutes is None:
         raise ValueError("a campaign needs a number of problems, or minutes")
     if backend != "eager":
@@ -285,7 +293,8 @@ def campaign(
 def replay(folder: Path, workers: int = 0) -> list[Row]:
     """The stored examples below a folder, or the one in a file, judged again: as found and as made small.
 
-    Each row names its file, its knobs, and holds quantities or an error. Raises ValueError where there is none.
+    Each row names its file, its knobs, and holds quantities or an error. Raises ValueError where there is none,
+    or a GPU is not there.
     """
     files = [folder] if folder.is_file() else sorted(folder.rglob("failures/*.json")) or sorted(folder.glob("*-*.json"))
     if not files:
@@ -299,6 +308,8 @@ def replay(folder: Path, workers: int = 0) -> list[Row]:
             for key in ("knobs", "small")
             if entry["backend"] == backend and key in entry
         ]
+        if tasks:
+            _present(backend)
         for (name, knobs), found in _spread(functools.partial(_again, backend=backend), tasks, backend, workers):
             row = {"error": found.reason} if isinstance(found, Lost) else found
             result.append({"file": name, "backend": backend, "knobs": json.loads(knobs.to_json())} | row)

@@ -174,7 +174,7 @@ def run(
     """Runs a sweep under a progress bar, builds the page, and returns the command's exit code.
 
     0: all cells ran; 1: some raised, which the page and the console name, or an error has grown beyond the factor that
-    the table `against` records; 130: interrupted, the same command resumes.
+    the table `against` records, or that table has none of these errors; 130: interrupted, the same command resumes.
     """
     done = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -206,7 +206,7 @@ def run(
 
 
 def redraw(out: Path, console: Console, against: pd.DataFrame | None = None) -> int:
-    """The page again, from the folder's table; 1 where an error has grown. Raises ValueError where there is none."""
+    """The page again, from the folder's table; 1 as `run` for `against`. Raises ValueError where there is no table."""
     file = out / "results.parquet"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run the sweep first")

@@ -84,9 +84,12 @@ def changed(before: pd.DataFrame, after: pd.DataFrame) -> list[Change]:
 
 
 def said(changes: Sequence[Change] | None, console: Console) -> bool:
-    """Prints what changed; whether an error has grown."""
+    """Prints what changed; whether an error has grown, or the tables hold no error in common, which shows nothing."""
     if changes is None:
         return False
+    if not changes:
+        console.print("nothing is compared: no error stands in both tables (case, dtype, tokens, seed, ... must agree)")
+        return True
     grown, fallen = [c for c in changes if c.grown], [c for c in changes if c.fallen]
     if grown or fallen:
         table = Table(box=box.SIMPLE, padding=(0, 1))

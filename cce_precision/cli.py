@@ -211,7 +211,7 @@ def bench(
 def fuzz(
     minutes: float = typer.Option(0.0, min=0.0, help="Stop after this long; 0: after --problems, or 10 minutes."),
     problems: int = typer.Option(0, min=0, help="Stop after so many problems; 0: after --minutes."),
-    backend: str = typer.Option("eager", help="eager, interpreter (Triton's kernels on the CPU) or cuda."),
+    backend: str = typer.Option("eager", help="eager, interpreter (Triton's kernels on the CPU), emulated or cuda."),
     seed: int = typer.Option(0, help="Seed of the campaign: each problem follows from it and its number."),
     variants: str = typer.Option("all", help="Variants by name, separated by commas, or all."),
     workers: int = typer.Option(0, min=0, help="Processes; 0: this one (the interpreter always has one of its own)."),

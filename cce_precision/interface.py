@@ -378,6 +378,7 @@ class LinearCrossEntropy(nn.Module):
         validation.check_reduction(options.get("reduction", "mean"))
         self.options = options
 
+    @suggests
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | LinearCrossEntropyOutput:

@@ -113,14 +113,14 @@ def unknown_keyword(function: str, name: str, known: Iterable[str]) -> TypeError
 
 
 def suggests(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose error for a keyword that it does not have says what to write instead."""
-    known = frozenset(inspect.signature(function).parameters)
+    """The function or method, whose error for a keyword that it does not have says what to write instead."""
+    known = frozenset(inspect.signature(function).parameters) - {"self"}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                raise unknown_keyword(function.__name__, name, known)
+                raise unknown_keyword(function.__qualname__, name, known)
         return function(*args, **kwargs)
 
     return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import time
@@ -81,6 +82,16 @@ def test_the_fuzz_command(tmp_path: Path) -> None:
     assert run.exit_code == 0 and "2 random problems: no errors above the bound" in run.output
     run = CliRunner().invoke(app, ["fuzz", "--replay", str(tmp_path)])
     assert run.exit_code == 2 and "holds no failure" in " ".join(run.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        campaign(1, tmp_path / "none", backend="cuda")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "cuda-0.json").write_text(json.dumps({"backend": "cuda", "knobs": json.loads(Knobs().to_json())}))
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        replay(tmp_path)
 
 
 def test_shrink_keeps_what_fails_and_asks_no_more_than_it_may() -> None:

@@ -73,6 +73,9 @@ def test_a_foreign_keyword_is_told_our_way(name: str, call: tuple[Tensor, Tensor
     assert words & KNOWN or "nothing" in words, f"{advice} names no argument of ours"
     with pytest.raises(TypeError, match=f"LinearCrossEntropy got an unknown option '{name}'"):
         LinearCrossEntropy(**{name: 1})
+    with pytest.raises(TypeError, match=rf"LinearCrossEntropy.forward got an unknown option '{name}'; ") as raised:
+        LinearCrossEntropy()(*call, **{name: 1})
+    assert str(raised.value).partition("; ")[2] == advice
 
 
 def test_a_slip_is_told_the_nearest_name_and_nonsense_all_of_them(call: tuple[Tensor, Tensor, Tensor]) -> None:

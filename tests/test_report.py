@@ -288,6 +288,13 @@ def test_what_changed_is_said(factor: float, grown: bool, capsys: pytest.Capture
     assert "errors in both tables: 90" in said and ("captured trained bf16 cce_exact" in said) == (factor != 1)
 
 
+def test_tables_without_a_common_error_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of other tokens, say: a gate that compares nothing must not pass."""
+    assert report_compare.said(report_compare.changed(made_up_table().assign(n=9), made_up_table()), Console(width=160))
+    assert "nothing is compared" in capsys.readouterr().out
+    assert not report_compare.said(None, Console(quiet=True))
+
+
 def test_the_comparison_decides_the_exit_code_and_stands_on_the_page(tmp_path: Path) -> None:
     small = lambda table: table[(table["stage"] == "trained") & (table["dtype"] == "bf16")]  # noqa: E731
     file = tmp_path / "old.parquet"
