@@ -143,8 +143,12 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
         return False
 
     small = shrink(trial, fails, smaller, tries=60) if check.minimal else trial
-    text = snippet(subject, small, f"it raises {kind.__name__}", raising=True)
-    return Outcome(check.name, "fail", f"raises {said}", snippet=_reproduced(text, kind.__name__))
+    text = ""
+    for one in dict.fromkeys((small, trial)):  # what was small here may not fail alone: a compiler remembers shapes
+        text = text or _reproduced(
+            snippet(subject, one, f"it raises {kind.__name__}", raising=True, form=check.form), kind.__name__
+        )
+    return Outcome(check.name, "fail", f"raises {said}", snippet=text)
 
 
 def examine(task: tuple[Target, str, str]) -> Outcome:
@@ -196,9 +200,10 @@ def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
     said = f"{len(failing)} of {len(found)}: {_summary(worst)}"
     if not check.minimal:
         return Outcome(check.name, "fail", said, records)
-    small = _small(subject, check, worst)
-    text = snippet(subject, small.trial, said, small)
-    return Outcome(check.name, "fail", said, records, _reproduced(text, "AssertionError"))
+    text = ""
+    for f in dict.fromkeys((_small(subject, check, worst), worst)):
+        text = text or _reproduced(snippet(subject, f.trial, said, f, form=check.form), "AssertionError")
+    return Outcome(check.name, "fail", said, records, text)
 
 
 def _summary(f: Finding) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce_precision.analysis.audit_snippets import Form
 from cce_precision.analysis.audit_targets import CAREFUL, Target
 from cce_precision.analysis.audit_trials import (
     GRADIENTS,
@@ -45,6 +46,9 @@ ALLOWANCES = {
 }
 
 
+REPEATS = 20  # of a call in a snippet: two of them may agree by chance
+
+
 class NotOffered(Exception):
     """The target cannot do what a check asks; the message says why."""
 
@@ -61,6 +65,7 @@ class Check:
     measure: Measure
     limit: str = ""  # what a finding above the allowance means, where it is a known cost and no defect
     minimal: bool = True  # whether its failures can be made small
+    form: Form = Form()  # of its snippets
 
 
 # Measures.
@@ -108,8 +113,9 @@ def _equal(trial: Trial, first: Outcome, second: Outcome, again: str) -> Iterato
         error = 0.0 if same else float(torch.linalg.vector_norm(a.double() - b.double()))
         size = float(torch.linalg.vector_norm(a.double()))
         checked = "loss" if name == "value" else f"{GRADIENTS[name]}.grad"
-        lines = [f"first = {checked}.detach().clone()", "e.grad = c.grad = None", again, f"second = {checked}.detach()"]
-        lines.append('assert torch.equal(first, second), f"they differ by {(first - second).abs().max():.2e}"')
+        lines = [f"first = {checked}.detach().clone()", f"for _ in range({REPEATS}):", "    e.grad = c.grad = None"]
+        lines += [f"    {line}" for line in (*again.splitlines(), f"second = {checked}.detach()")]
+        lines.append('    assert torch.equal(first, second), f"they differ by {(first - second).abs().max():.2e}"')
         yield Finding(trial, name, error, 0.0, size, 0.0, 0.0 if same else math.inf, assertion="\n".join(lines))
 
 
@@ -355,6 +361,7 @@ CHECKS: dict[str, Check] = {
             "same",
             (Trial(), Trial(dtype="fp32")),
             second_backward,
+            form=Form(backward="loss.backward(retain_graph=True)"),
         ),
         Check("bias", "Is a bias added, once?", "promise", each(("bf16", "fp32"), Trial(bias=True, d=512)), meant),
         Check(
@@ -454,6 +461,7 @@ CHECKS: dict[str, Check] = {
             "promise",
             (Trial(ignored="some"),),
             compiled,
+            form=Form(compiled=True),
         ),
         Check(
             "memory",

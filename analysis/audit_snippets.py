@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, Finding, Subject, Trial
 
-__all__ = ["snippet"]
+__all__ = ["Form", "snippet"]
 
 
-def snippet(subject: Subject, trial: Trial, said: str, found: Finding | None = None, raising: bool = False) -> str:
+class Form(NamedTuple):
+    """How a check calls the target, where it is not plainly: the texts of the call and of the backward pass."""
+
+    compiled: bool = False  # under torch.compile
+    backward: str = ""  # instead of the trial's own
+
+    def call(self, text: str, trial: Trial, device: str) -> str:
+        """The call of text `text`."""
+        if not self.compiled:
+            return text
+        names = ", ".join(("e", "c", "targets", "bias") if trial.bias else ("e", "c", "targets"))
+        backend = ', backend="aot_eager"' if device == "cpu" else ""
+        return f"torch.compile(lambda {names}: {text}{backend})({names})"
+
+
+def snippet(
+    subject: Subject,
+    trial: Trial,
+    said: str,
+    found: Finding | None = None,
+    raising: bool = False,
+    form: Form = Form(),
+) -> str:
     """A program that fails as the audit says: with AssertionError, or where `raising`, as the call raises."""
     target = subject.target
     head = [f"# {target.name} ({target.package} {target.version}): {said}".replace("\n", " ")]
     head += ["import torch", target.setup, ""]
-    body = [trial.inputs(subject.device), "", f"loss = {target.text(trial.options())}", trial.backward_text]
+    call = form.call(target.text(trial.options()), trial, subject.device)
+    body = [trial.inputs(subject.device), "", f"loss = {call}", form.backward or trial.backward_text]
     if raising or found is None:
         return "\n".join(head + body) + "\n"
     if found.assertion:

@@ -16,6 +16,7 @@ from cce_precision.analysis import audit as auditing
 from cce_precision.analysis import audit_page
 from cce_precision.analysis.audit import Outcome, audit, examine, read, write
 from cce_precision.analysis.audit_checks import CHECKS, fuzzed
+from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import CAREFUL, FAMILIES, TARGETS, Target, Unavailable, targets
 from cce_precision.analysis.audit_trials import PATTERNS, Subject, Trial, findings, run, smaller
 from cce_precision.cli import app
@@ -85,6 +86,28 @@ def test_a_failure_is_made_small_and_its_snippet_runs(tmp_path: Path) -> None:
         [sys.executable, str(path)], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": root}
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow  # a compiler's start, twice
+def test_a_failure_under_compile_has_a_snippet_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles the call; the plain one is right."""
+    monkeypatch.setattr(auditing, "SHRINKING", 0.0)
+    outcome = examine((broken("wrong_when_compiled"), "cpu", "torch.compile"))
+    assert outcome.status == "fail" and "loss = torch.compile(lambda e, c, targets: target(" in outcome.snippet
+
+
+def test_a_snippet_calls_as_its_check_does() -> None:
+    """A second backward pass needs the first to keep its graph; bits that differ now and then do in some of 20 runs."""
+    subject, form = Subject(broken("correct"), "cpu"), CHECKS["second backward"].form
+    assert "\nloss.backward(retain_graph=True)\n" in snippet(subject, Trial(), "it raises", raising=True, form=form)
+    for name in ("determinism", "second backward"):
+        for f in CHECKS[name].measure(subject, Trial(n=4, v=5, d=3)):
+            text = snippet(subject, f.trial, "they differ", f, form=CHECKS[name].form)
+            assert "for _ in range(20):\n    e.grad = c.grad = None\n    loss = target(" in text
+            exec(text, {})  # which holds for what is right
+    text = snippet(subject, Trial(bias=True), "it raises", raising=True, form=CHECKS["torch.compile"].form)
+    call = "target(e, c, targets, bias=bias)"
+    assert f'torch.compile(lambda e, c, targets, bias: {call}, backend="aot_eager")(e, c, targets, bias)' in text
 
 
 def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
