@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, Machine, bound
@@ -178,6 +180,38 @@ def parts_of_e_gradient(place: Place) -> dict[str, Tensor]:
     total = own.grad.clone()
     distributed.all_reduce(total)
     return {"whole": e.grad, "part": own.grad, "sum": total}
+
+
+class Sent(TorchDispatchMode):
+    """The collectives that run inside, and the numbers that this process gives to each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if "c10d" in func.namespace and name != "wait_tensor":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            self.calls.append((name, sum(x.numel() for x in tensors)))
+        return func(*args, **kwargs or {})
+
+
+@case
+def collectives(place: Place) -> dict[str, list[tuple[str, int]]]:
+    """What a call of each variant sends, of more columns than anything that it may send."""
+    n, d, v = 6, 5, 4000
+    e, c, targets = torch.randn(n, d), torch.randn(v, d), torch.arange(n) * 600
+    share = VocabParallelOptions.from_vocab(v)
+    found = {}
+    for impl in EAGER:
+        own = e.clone().requires_grad_(), c[share.start : share.stop].clone().requires_grad_()
+        with Sent() as sent:
+            loss = linear_cross_entropy(*own, targets, impl=impl, vocab_parallel_options=share, validate=False)
+            loss.backward()  # type: ignore[union-attr]
+        assert own[0].grad is not None and bool(own[0].grad.any())
+        found[impl] = sent.calls
+    return found
 
 
 @case

@@ -100,6 +100,29 @@ def test_a_loss_only_evaluation_makes_no_logits(tmp_path: Path) -> None:
     uncce_patch(model)
 
 
+def test_accelerate_accumulates(llama: Any) -> None:
+    """The gradients of two micro-batches that `Accelerator.accumulate` adds up before the step."""
+    accelerate = pytest.importorskip("accelerate")
+    batch = {name: x for name, x in given(llama).items() if isinstance(x, Tensor)}
+    parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(2)]
+    stepped = []
+    accelerate.state.AcceleratorState._reset_state(True)  # another test's precision
+    for model in (copy.deepcopy(llama), cce_patch(copy.deepcopy(llama))):
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=2)
+        prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        for part in parts:
+            with accelerator.accumulate(prepared):
+                accelerator.backward(prepared(**part).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        stepped.append(model)
+    plain, patched = stepped
+    accelerate.state.AcceleratorState._reset_state(True)
+    assert (cce_counts(patched).fused, cce_counts(patched).materialised) == (2, 0)
+    assert apart(patched, plain, llama) <= GRADIENT_ALLOWED
+    uncce_patch(patched)
+
+
 def test_a_compiled_model_is_one_graph() -> None:
     model = build("gemma2").train()
     batch = given(model, "gemma2")

@@ -18,6 +18,7 @@ from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import build
 from cce_precision.analysis.parallel_bench import PAGE, ROWS, page
 from cce_precision.analysis.references import truth
+from cce_precision.variants import ALL
 from tests.parallel_cases import (
     CASES,
     INTERPRETED,
@@ -138,6 +139,15 @@ def test_parts_of_e_gradient(ran: dict[str, list[Any]]) -> None:
     for results in ran["parts_of_e_gradient"]:
         assert torch.equal(results["whole"], results["sum"])
         assert results["part"].any() and not torch.equal(results["whole"], results["part"])
+
+
+def test_collectives_are_few_and_small(ran: dict[str, list[Any]]) -> None:
+    """Lse and nll of each token with the share's place, dE, and the seed where a variant draws: never logits."""
+    n, d = 6, 5
+    heads, gradient, seed = ("all_gather_into_tensor", 3 + 2 * n), ("all_reduce", n * d), ("all_gather_into_tensor", 1)
+    for sent in ran["collectives"]:
+        for impl, calls in sent.items():
+            assert calls == [*[seed] * ALL[impl].random, heads, gradient], impl
 
 
 def test_seed_of_the_first(ran: dict[str, list[Any]]) -> None:
