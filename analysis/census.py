@@ -270,7 +270,7 @@ def run(out: Path, only: list[str] | None = None, fresh: bool = False, console: 
             if row.result != "passed":
                 progress.print(f"{name}: {row.result}, {row.why}")
             progress.advance(task)
-    (out / "README.md").write_text(page(list(rows.values())))
+    (out / "README.md").write_text(page(read(path)))  # in the order of the table
     return list(rows.values())
 
 

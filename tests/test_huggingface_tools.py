@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cce_precision import cce_counts, cce_patch, uncce_patch
-from cce_precision.analysis.census import GRADIENT_ALLOWED, UNIT, difference, read, step
+from cce_precision.analysis.census import GRADIENT_ALLOWED, UNIT, difference, page, read, step
 from cce_precision.analysis.census_configs import VOCABULARY, build, inputs
 from cce_precision.huggingface.logits import LazyLogits
 from tests.test_huggingface import given, near
@@ -352,6 +352,21 @@ def test_another_release_of_transformers(folder: Path | None, tmp_path: Path) ->
     rows = read(tmp_path / "models.csv")
     assert len(rows) == len(SOME.split(",")) and {row.transformers for row in rows} != {transformers.__version__}
     assert [row for row in rows if row.result != "passed"] == []
+
+
+def test_the_committed_census() -> None:
+    """Three releases, at least 98 % of what can be built in each, and the page is that of the rows."""
+    folder = ROOT / "reports" / "transformers"
+    rows = read(folder / "models.csv")
+    assert (folder / "README.md").read_text() == page(rows)
+    releases = {row.transformers for row in rows}
+    assert len(releases) >= 3 and transformers.__version__ in releases
+    for release in releases:
+        built = [row for row in rows if row.transformers == release and row.built]
+        assert sum(row.result == "passed" for row in built) >= 0.98 * len(built) >= 98
+        assert {row.result for row in built} <= {"passed", "refused", "unfused"} and all(
+            row.why for row in built if row.result != "passed"
+        )
 
 
 @pytest.mark.slow

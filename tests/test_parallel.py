@@ -215,6 +215,24 @@ def test_benchmark(tmp_path: Path) -> None:
         assert 0 < row["dE_together"] < 1 and 0 < row["dC_together"] < 1  # a zero gradient is off by 1
 
 
+def test_patched_models(tmp_path: Path) -> None:
+    """Under FSDP2, and with a head that the processes share, no logits are made; beside the unpatched model."""
+    pytest.importorskip("transformers")
+    from cce_precision.analysis.census import GRADIENT_ALLOWED, difference
+    from tests.parallel_models import WORLD, patched_models
+
+    start(patched_models, str(tmp_path), processes=WORLD)
+    for rank in range(WORLD):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found["counts"] == [(1, 0), (1, 0)]
+        first, stop = found["share"]
+        loss, gradients = found["whole"]
+        gradients["lm_head.weight"] = gradients["lm_head.weight"][first:stop]
+        for theirs, ours in (((loss, gradients), found["shared head"]), (found["sharded"], found["sharded, patched"])):
+            assert abs(ours[0] - theirs[0]) <= GRADIENT_ALLOWED * theirs[0]
+            assert difference(ours[1], theirs[1]) <= GRADIENT_ALLOWED  # 1 for a zero gradient
+
+
 @pytest.mark.interpreter
 def test_kernels_of_every_variant(tmp_path: Path) -> None:
     """The kernels, interpreted, with targets that the other of two processes holds, beside one process alone."""

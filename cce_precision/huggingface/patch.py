@@ -230,7 +230,9 @@ def cce_patch(
             "none" override it. Of (B, T) labels that the model shifts, "none" gives a (B, T - 1) loss.
         train_only: True leaves a model in eval mode as it was.
         return_logits: False leaves None in the output where the logits would be, whenever labels are given.
-        options: further options of `linear_cross_entropy`: backend, workspace_mb, seed, validate, ...
+        options: further options of `linear_cross_entropy`: backend, workspace_mb, seed, validate, ...;
+            vocab_parallel_options where the head holds this process's rows alone and `config.vocab_size` is their
+            number (labels are those of the whole vocabulary).
 
     Returns:
         The model, or the class that was patched.
