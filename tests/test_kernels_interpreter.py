@@ -217,6 +217,32 @@ def test_one_pass_gives_the_gradients_of_the_sum(
     assert two.holds, two
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("frozen", ["", "e", "c"])
+def test_one_pass_of_the_interface(monkeypatch: pytest.MonkeyPatch, kept: bool, frozen: str) -> None:
+    """Gradients of a mean, with a frozen side, and the same ones of a graph that is kept; next to two passes."""
+    from cce_precision import linear_cross_entropy
+    from cce_precision.kernels import one_pass
+
+    monkeypatch.setattr(
+        one_pass, "keeps_powers", lambda problem, plan: kept and bool(plan.one_pass and plan.one_pass[1])
+    )
+    monkeypatch.setattr(one_pass, "tokens_a_chunk", lambda problem, plan: 16)
+    base = problem_of(40, 100, 24, torch.bfloat16)
+    found = []
+    for workspace_mb in (1024, None):
+        e, c = (x.clone().requires_grad_(name != frozen) for name, x in (("e", base.e), ("c", base.c)))
+        loss: Any = linear_cross_entropy(
+            e, c, base.targets, impl="cce_exact", backend="triton", workspace_mb=workspace_mb
+        )
+        wanted = [x for x in (e, c) if x.requires_grad]
+        gradients = torch.autograd.grad(3 * loss, wanted, retain_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(gradients, torch.autograd.grad(3 * loss, wanted)))
+        found.append((loss.detach(), *gradients))
+    for one, two in zip(*found):
+        assert two.any() and (one.float() - two.float()).norm() < 4 * unit_roundoff(torch.bfloat16) * two.float().norm()
+
+
 def bound_of_nll(problem: Problem, plan: Plan) -> torch.Tensor:
     """A bound of each token's loss."""
     call = build(Knobs(n=problem.n, v=problem.v, d=problem.d, reduction="none"))

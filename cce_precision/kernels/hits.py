@@ -1,11 +1,11 @@
 """Where the gradient lives: which blocks of 16 columns may hold an entry that an element filter keeps, for every token.
 
 The forward pass sees every logit. It compares each with the filter's threshold times a lower bound of its row's
-exp(lse): the larger of the target's logit, the log-sum-exp of the first columns (which tokenizers give to frequent
-tokens), and that of the columns that the program itself has walked. That can only keep too much, and it is the same
-whatever else runs, so results are bitwise repeatable. One bit a block is left, and one for the target's block; the
-definition alone, with the final lse, decides later (entries.py). Where no record was left, the same walk with the final
-lse makes it.
+exp(lse): the largest of the target's logit, the log-sum-exp of the first columns (which tokenizers give to frequent
+tokens), that of the columns that the program itself has walked, and for a subset filter log V plus the row's mean logit
+(Jensen). That can only keep too much, and it is the same whatever else runs, so results are bitwise repeatable. One bit
+a block is left, and one for the target's block; the definition alone, with the final lse, decides later (entries.py).
+Where no record was left, the same walk with the final lse makes it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .primitives import (
     row_word,
     wide,
 )
-from .record import SLACK, first_bounds_kernel
+from .record import SLACK, first_bounds
 
 __all__ = ["BLOCK", "forward", "found_again", "kept_filter", "leaves_record", "record_shape", "words_of"]
 
@@ -262,7 +262,7 @@ def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
     splits, _ = splits_of(problem.v, config_for("forward", problem.c).n)
     scale = math.log2(math.e) / problem.temperature
     partial, target_logit = new(2, splits, n), new(n)
-    _launch(problem, filt, seed, _bounds(problem, scale), words_of(problem, record), (partial, target_logit))
+    _launch(problem, filt, seed, _bounds(problem, filt, scale), words_of(problem, record), (partial, target_logit))
     combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
         partial,
         heads.argmax,
@@ -281,29 +281,16 @@ def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
     return heads, record
 
 
-def _bounds(problem: Problem, scale: float) -> Tensor:
-    """(N,) lower bounds of the lse in base 2: the target's logit, and the log-sum-exp of the first columns."""
-    e, c, bias = problem.e, problem.c, problem.bias
-    out = torch.empty(problem.n, dtype=torch.float32, device=e.device)
-    first_bounds_kernel[(problem.n,)](
-        e,
-        c,
-        out if bias is None else bias,
-        problem.targets,
-        out,
-        out,
-        problem.d,
-        tuple(e.stride()),
-        tuple(c.stride()),
-        float(problem.softcap or 1.0),
-        scale,
-        FEATURES=min(1024, triton.next_power_of_2(problem.d)),
-        FLAGS=(bias is not None, problem.softcap is not None, False),
-    )
+def _bounds(problem: Problem, filt: Filter, scale: float) -> Tensor:
+    """(N,) lower bounds of the lse in base 2: the target's logit, the log-sum-exp of the first columns, and for a
+    subset filter, which alone keeps little of a flat softmax, Jensen's, for which the classifier is read once more.
+    """
+    bias = problem.bias
+    out = first_bounds(problem, scale, filt.kind is FilterKind.SUBSET)
     if problem.v > 2 * FIRST_COLUMNS:
         some = dataclasses.replace(
             problem,
-            c=c[:FIRST_COLUMNS],
+            c=problem.c[:FIRST_COLUMNS],
             bias=None if bias is None else bias[:FIRST_COLUMNS],
             column_weight=None,
             targets=problem.targets.clamp(max=0),  # the lse does not depend on the target

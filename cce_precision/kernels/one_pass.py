@@ -17,6 +17,7 @@ logits. bf16 alone, whose range is that of fp32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -126,16 +127,16 @@ def shapes(problem: Problem, plan: Plan) -> Unfinished | None:
     """What `forward_one_pass` leaves, as tensors without values; None where one pass does not fit."""
     if plan.one_pass is None:
         return None
-    n, v, d, new = problem.n, problem.v, problem.d, problem.e.new_empty
-    empty = new(0, dtype=torch.float32)
+    n, v, d = problem.n, problem.v, problem.d
+    new = functools.partial(problem.e.new_empty, dtype=torch.float32)  # no two of an operator's outputs are one
     if keeps_powers(problem, plan):
         runs = Runs.of(problem)
         powers = new((runs.count * runs.rows, runs.columns), dtype=problem.c.dtype)
-        return Unfinished(empty, empty, powers, new(n, dtype=torch.float32), new(n, dtype=torch.float32))
+        return Unfinished(new(0), new(0), powers, new(n), new(n))
     if tokens_a_chunk(problem, plan) is None:
         return None
-    sums_e, sums_c = (new((x, d) if wanted else 0, dtype=torch.float32) for x, wanted in zip((n, v), plan.one_pass))
-    return Unfinished(sums_e, sums_c, empty, empty, empty)
+    sums_e, sums_c = (new((x, d) if wanted else 0) for x, wanted in zip((n, v), plan.one_pass))
+    return Unfinished(sums_e, sums_c, new(0), new(0), new(0))
 
 
 @entry
@@ -316,8 +317,8 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
         left = left._replace(factor=rows.factor, label=rows.label)
     else:
         rows = _by_chunks(problem, plan, left)
-    none = rows.nll.new_empty(0)
-    return Heads(rows.nll, rows.lse, none, none, none.to(torch.int64)), left
+    none = rows.nll.new_empty
+    return Heads(rows.nll, rows.lse, none(0), none(0), none(0, dtype=torch.int64)), left
 
 
 def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> _Rows:

@@ -81,10 +81,12 @@ def first_bounds_kernel(
     tl.store(bounds + row, bound)
 
 
-def first_bounds(problem: Problem, scale: float) -> Tensor:
-    """(N,) lower bounds of each token's lse in base 2, known before the walk: the target's logit and Jensen's bound."""
+def first_bounds(problem: Problem, scale: float, jensen: bool = True) -> Tensor:
+    """(N,) lower bounds of each token's lse in base 2, known before the walk: the target's logit and, if wanted and
+    without a softcap, Jensen's bound.
+    """
     e, c, bias, v = problem.e, problem.c, problem.bias, problem.v
-    jensen = problem.softcap is None
+    jensen = jensen and problem.softcap is None
     mean = e.new_empty(0, dtype=torch.float32)
     if jensen:
         mean = matvec(e, weighted_sum(c, None) / v)
