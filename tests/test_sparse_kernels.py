@@ -129,6 +129,27 @@ def test_with_full_lists_the_gradient_is_exact(
     assert [int(x) for x in seen] == [1]
 
 
+@pytest.mark.parametrize("lists", [(3, 4), (150, 4)], ids=["hits", "entries"])
+def test_a_promise_reads_no_list_that_is_full(lists: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written to lists that are full; what then stands there as columns would be far outside."""
+    problem, plan = exact_problem(4, 800, 16), Plan(variants.get("cce_unbiased").with_eps(EPS), tolerance=1e-3)
+    monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
+    seen, original = overflow(monkeypatch, *lists), filtered.entries_of
+
+    def poisoned(*arguments: Any) -> Any:
+        entries = original(*arguments)
+        entries.buffers.columns.fill_(2**31 - 1)
+        return entries
+
+    monkeypatch.setattr(filtered, "entries_of", poisoned)
+    heads, _ = kernels.forward(problem, plan)
+    upstream, seed = Upstream(torch.full((4,), 0.5)), torch.tensor(3)
+    found = kernels.backward(problem, plan, heads, upstream, (True, True, True), seed)
+    assert [int(x) for x in seen] == [1]
+    theirs = gradients(problem, "cce_unbiased", record=False)
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(found, theirs))
+
+
 def test_the_lists_lie_in_the_workspace_and_hold_everything_where_it_fits() -> None:
     for n, blocks, size in ((5, 7, 79), (5, 7, 5000), (5, 7, 10**6), (8192, 16_000, 80 * 2**20)):
         hits, entries = filtered.capacities(n, blocks, size)

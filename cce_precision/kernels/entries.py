@@ -276,11 +276,12 @@ def entries_of(
 
 @entry
 @triton.jit
-def seen_kernel(starts, columns, weights, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
+def seen_kernel(starts, columns, weights, dense, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
     row = tl.program_id(0)
     unit = tl.load(alpha + row)
     most = tl.abs(unit) * drawn
     last = tl.load(starts + row + 1)
+    last = tl.where(tl.load(dense) == 0, last, 0)  # else nothing has been listed, and a column may be any number
     mass = tl.zeros((ENTRIES,), tl.float32)
     squares = tl.zeros((ENTRIES,), tl.float32)
     energy = tl.zeros((ENTRIES,), tl.float32)
@@ -311,5 +312,7 @@ def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFi
     drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
     alpha = terms.terms[1]
     columns, weights = entries.buffers.columns, entries.buffers.weights
-    seen_kernel[(n,)](entries.starts, columns, weights, alpha, norms[1], out, n, drawn, ENTRIES=64, num_warps=1)
+    seen_kernel[(n,)](
+        entries.starts, columns, weights, entries.dense, alpha, norms[1], out, n, drawn, ENTRIES=64, num_warps=1
+    )
     return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), (out[1] * norms[0].square()).sum(), norms)
