@@ -24,7 +24,7 @@ from torch import Tensor
 from cce_precision import choosing
 from cce_precision.analysis.bench_job import allocated
 from cce_precision.analysis.sampled import ExactRows, Measured, Sampled
-from cce_precision.analysis.sampled_statistics import t_quantile
+from cce_precision.analysis.sampled_statistics import prediction_interval
 from cce_precision.choosing import BASELINE, Candidate, Choice, Errors
 from cce_precision.interface import linear_cross_entropy
 from cce_precision.kernels import one_pass_fits
@@ -140,19 +140,12 @@ def candidates(problem: Problem, impls: Sequence[str] | None = None) -> list[Run
 def _interval(found: Sequence[Measured | None]) -> tuple[float, float]:
     """(lower, upper) end of an error over the seeds of a variant that samples; of one run its own interval.
 
-    Over several runs: the ends of a prediction interval for one more, normal in the logarithm, widened to the runs'
-    own intervals.
+    Over several runs: the ends of a prediction interval for one more, widened to the runs' own intervals.
     """
     parts = [one.rel for one in found if one is not None]
     low, high = min(one.low for one in parts), max(one.high for one in parts)
-    values = [one.value for one in parts]
-    if len(parts) == 1 or not all(0 < x < math.inf for x in values):
-        return low, high
-    logs = [math.log(x) for x in values]
-    spread = statistics.stdev(logs) * math.sqrt(1 + 1 / len(logs))
-    reach = t_quantile(0.975, len(logs) - 1) * spread
-    centre = statistics.fmean(logs)
-    return min(low, math.exp(centre - reach)), max(high, math.exp(centre + reach))
+    below, above = prediction_interval([one.value for one in parts])
+    return min(low, below), max(high, above)
 
 
 class _Judge:

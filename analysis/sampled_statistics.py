@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 import torch
 from torch import Tensor
 
-__all__ = ["Interval", "Sample", "draw", "t_quantile"]
+__all__ = ["Interval", "Sample", "draw", "prediction_interval", "t_quantile"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ def t_quantile(level: float, freedom: float) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
+
+
+def prediction_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Ends between which one more value lies, normal in the logarithm, widened to the values themselves; those alone
+    where there is one, or one that has no logarithm. Source: Hahn and Meeker, Statistical Intervals, 1991."""
+    low, high = min(values), max(values)
+    if len(values) == 1 or not all(0 < x < math.inf for x in values):
+        return low, high
+    logs = [math.log(x) for x in values]
+    reach = t_quantile((1 + confidence) / 2, len(logs) - 1) * stdev(logs) * math.sqrt(1 + 1 / len(logs))
+    return min(low, math.exp(fmean(logs) - reach)), max(high, math.exp(fmean(logs) + reach))
 
 
 def _order_statistics(size: int, level: float, tail: float) -> tuple[int, int]:

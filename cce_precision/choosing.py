@@ -7,10 +7,12 @@ The table (`data/costs.json`, written by `python -m cce_precision.analysis.choos
 
     time    product * (time of the logits product) + (logits * N V + width * (N + V) D) ps + fixed ms
     memory  gradients + logits * N V + classifier * V D + embeddings * N D + vocabulary * V + fixed bytes
-    errors  the largest measured normwise relative errors of loss, dE and dC, by kind of softmax: "flat" (initialised
-            models), "diffuse" (captured from models) and "peaked" (synthetic trained and confident heads)
+    errors  normwise relative errors, by kind of softmax (`SOFTMAX`): of dE and dC the upper ends of 95 % prediction
+            intervals for one more problem, or the largest measured where that is more; of the loss the largest
 
 An error is a prediction, not a bound: it holds for heads like those. `analysis.choose.measured` looks at the very data.
+In float16 what a mean over N tokens leaves of dE and dC falls below the normal numbers: `choose` takes errors to grow
+with N; impl="auto" leaves that to the loss scale that training in float16 needs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from .problem import Plan, Problem
 from .validation import check_tolerance
 from .variants import ALL, DEFAULT, get
 
-__all__ = ["AUTO", "Candidate", "Choice", "Cost", "Errors", "Resolved", "Table", "choose", "resolve"]
+__all__ = ["AUTO", "SOFTMAX", "Candidate", "Choice", "Cost", "Errors", "Resolved", "Table", "choose", "resolve"]
 
 AUTO = "auto"
 BASELINE = "baseline"
@@ -45,6 +47,7 @@ TIE = 1.05  # candidates within it of the fastest: the most exact of them is tak
 ONE_PASS_TOKENS = 4096  # a chunk of the one-pass mode, with which it was measured
 FEWEST_TOKENS = 1024  # with which it runs at all
 MIB = 2**20
+SOFTMAX = ("flat", "diffuse", "peaked")  # initialised models; captured in training; synthetic trained, confident heads
 
 
 class Errors(NamedTuple):
@@ -117,6 +120,7 @@ class Cost:
 class _Case(NamedTuple):
     errors: Errors
     vocabulary: int  # the largest measured
+    tokens: float  # likewise; inf in a table that does not say
 
 
 class Table:
@@ -129,7 +133,8 @@ class Table:
         self._errors: dict[tuple[str, str, bool], dict[str, _Case]] = {}
         for row in data["errors"]:
             cases = self._errors.setdefault((row["dtype"], row["impl"], row["one_pass"]), {})
-            cases[row["case"]] = _Case(Errors(row["loss"], row["dE"], row["dC"]), row["vocabulary"])
+            errors = Errors(row["loss"], row["dE"], row["dC"])
+            cases[row["case"]] = _Case(errors, row["vocabulary"], row.get("tokens", math.inf))
 
     @staticmethod
     def load() -> Table:
@@ -150,28 +155,36 @@ class Table:
     def tflops(self, backend: str, dtype: str) -> float:
         return float(self.devices[backend]["product_tflops"][dtype])
 
-    def errors(self, cost: Cost, variant: Variant, v: int) -> dict[str, Errors]:
-        """Predicted errors by kind of softmax, for `variant`, the cost's own or with other options; {}: not measured.
+    def errors(
+        self, cost: Cost, variant: Variant, v: int, n: int | None = None, softmax: str | None = None
+    ) -> dict[str, Errors]:
+        """Predicted errors by kind of softmax (`softmax` alone, or all), for `variant`, the cost's own or with other
+        options; {}: not measured.
 
-        Beyond the largest vocabulary measured, sums in 16 bits are taken to grow in proportion to it; a threshold
-        above the automatic one, errors in proportion to it. Both overestimate.
+        Beyond the largest vocabulary measured, sums in 16 bits are taken to grow in proportion to it; above the
+        automatic threshold, errors in proportion to the threshold; in float16, beyond the most tokens measured, in
+        proportion to `n`, the tokens of a mean whose gradients no loss scale keeps from underflow. All overestimate.
         """
         dtype = getattr(torch, cost.dtype)
         found = {}
         for case, known in self._errors.get((cost.dtype, cost.impl, cost.one_pass), {}).items():
+            if softmax not in (None, case):
+                continue
             growth = 1.0
             if Accumulation.INPUT in (variant.accum_e, variant.accum_c):
                 growth = max(1.0, v / known.vocabulary)
+            if n is not None and dtype is torch.float16:
+                growth = max(growth, n / known.tokens)
             for filt in (variant.filter_e, variant.filter_c):
                 if filt.kind is not FilterKind.NONE:
                     growth = max(growth, filt.threshold(dtype) / auto_eps(dtype))
             found[case] = Errors(known.errors.loss, known.errors.dE * growth, known.errors.dC * growth)
         return found
 
-    def limits(self, backend: str, dtype: torch.dtype, v: int) -> dict[str, Errors]:
-        """Predicted errors of the baseline by kind of softmax; {} where it was not measured."""
+    def limits(self, backend: str, dtype: torch.dtype, *known: Any) -> dict[str, Errors]:
+        """`errors` of the baseline (v, n, softmax); {} where it was not measured."""
         plain = next((cost for cost in self.of(backend, dtype) if cost.impl == BASELINE), None)
-        return {} if plain is None else self.errors(plain, get(BASELINE), v)
+        return {} if plain is None else self.errors(plain, get(BASELINE), *known)
 
 
 TABLE = Table.load()
@@ -251,7 +264,7 @@ def judged(found: dict[str, Errors], baseline: dict[str, Errors], tolerance: flo
     """The largest errors over the kinds of softmax, and why they fail the demand ("" where they meet it)."""
     nothing = Errors(math.nan, math.nan, math.nan)
     if not found:
-        return nothing, "its error was not measured in this dtype"
+        return nothing, "its error was not measured on such a problem"
     worst = functools.reduce(Errors.worst, found.values())
     if tolerance is not None:
         side, value = ("dE", worst.dE) if worst.dE >= worst.dC else ("dC", worst.dC)
@@ -416,6 +429,7 @@ def choose(
     device: torch.device | str | None = None,
     tolerance: float | None = None,
     memory_mb: float | None = None,
+    softmax: str | None = None,
     tflops: Mapping[str, float] | None = None,
     table: Table | None = None,
 ) -> Choice:
@@ -427,6 +441,8 @@ def choose(
         tolerance: most relative error of dE and dC, Euclidean norms; None: no less exact than `baseline`, PyTorch's own
             loss in this dtype, in loss, dE and dC, on every kind of softmax.
         memory_mb: most MiB beyond the inputs, gradients included; None: no limit.
+        softmax: what is known of it: "flat" (perplexity near V, as of an initialised model), "diffuse" (tens to
+            hundreds, as in training) or "peaked" (below ten, as of a confident one); None: the worst of these counts.
         tflops: speed of the logits product by dtype ("bfloat16", ...), 10^12 operations a second, by which the table's
             times are scaled; None: timed here, which takes a fraction of a second.
         table: of measurements; None: the committed one.
@@ -442,6 +458,8 @@ def choose(
             raise ValueError(f"{name} must be an int >= 1, got {size!r}")
     if memory_mb is not None and not memory_mb > 0:
         raise ValueError(f"memory_mb must be None or a number > 0, got {memory_mb!r}")
+    if softmax is not None and softmax not in SOFTMAX:
+        raise ValueError(f"softmax must be None or one of {', '.join(map(repr, SOFTMAX))}, got {softmax!r}")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     backend = "triton" if place.type == "cuda" else "eager"
     table = TABLE if table is None else table
@@ -449,16 +467,17 @@ def choose(
     speeds = {name: table.tflops(backend, name) for name in {cost.product_dtype for cost in costs}}
     here = {name: product_tflops(n, v, d, getattr(torch, name), place) for name in speeds} if tflops is None else tflops
     basis = (
-        f"predicted from measurements on {table.devices[backend]['device']}, scaled by the logits product here: "
+        f"predicted for {softmax or 'any'} softmax from measurements on {table.devices[backend]['device']}, "
+        "scaled by the logits product here: "
         + ", ".join(f"{here[name]:.3g} Tflop/s in {name} (there {speeds[name]:.3g})" for name in sorted(speeds))
     )
-    limits = table.limits(backend, dtype, v)
+    limits = table.limits(backend, dtype, v, n, softmax)
     gradients = (n + v) * d * dtype.itemsize / MIB
     candidates = []
     for cost in costs:
         if cost.one_pass and dtype is not torch.bfloat16:
             continue
-        errors, failure = judged(table.errors(cost, get(cost.impl), v), limits, tolerance)
+        errors, failure = judged(table.errors(cost, get(cost.impl), v, n, softmax), limits, tolerance)
         memory = gradients + cost.scratch_mib(n, v, d)
         if not failure and memory_mb is not None and memory > memory_mb:
             failure = f"needs {memory:,.0f} MiB"

@@ -439,6 +439,7 @@ def choose(
     vocab: int = typer.Option(0, min=0, help="Vocabulary to predict for."),
     dim: int = typer.Option(0, min=0, help="Width to predict for."),
     dtype: str = typer.Option("auto", help="bf16, fp16, fp32; auto: as captured, bf16 for a prediction."),
+    softmax: str = typer.Option("", help="Kind to predict for: flat, diffuse, peaked; without it the worst of them."),
     memory_mb: float = typer.Option(0.0, min=0.0, help="Most MiB beyond the inputs, gradients included; 0: no limit."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     impl: str = typer.Option("all", help="Candidates to measure, by name, separated by commas."),
@@ -460,11 +461,14 @@ def choose(
             raise ValueError("--vocab and --dim go together")
         if vocab and data:
             raise ValueError("--data measures on a head; --vocab and --dim predict for a shape: give one of the two")
+        if softmax and not vocab:
+            raise ValueError("--softmax is for a prediction (--vocab, --dim); data show theirs")
         if vocab:
             kind, place = sampled.dtype_of(dtype), sampled.device_of(device)
             title = f"N={tokens or 8192}, V={vocab}, D={dim}, {dtype if kind else 'bf16'}, {place}"
             shape = (tokens or 8192, vocab, dim)
-            found = choosing.choose(*shape, dtype=kind or torch.bfloat16, device=place, **limits)
+            limits |= {"dtype": kind or torch.bfloat16, "device": place, "softmax": softmax or None}
+            found = choosing.choose(*shape, **limits)
         else:
             case = sampled.load(data or "captured", dtype, tokens or None, device, seed)
             title = f"{case.name}: N={case.n}, V={case.v}, D={case.d}, {case.operand_dtype}, {case.e.device.type}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
+from statistics import NormalDist
 from typing import Any
 
 import mpmath
@@ -20,7 +22,7 @@ from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.metrics import errors, relative
 from cce_precision.analysis.references import Objective, truth
 from cce_precision.analysis.sampled import measure, measure_impl
-from cce_precision.analysis.sampled_statistics import Sample, draw, t_quantile
+from cce_precision.analysis.sampled_statistics import Sample, draw, prediction_interval, t_quantile
 from cce_precision.cli import app
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import get
@@ -186,6 +188,26 @@ def test_the_quantile_of_t(freedom: int, level: float) -> None:
     exact = float(mpmath.findroot(lambda t: 0.5 + scale * mpmath.quad(density, [0, t]) - level, 2.0))
     promised = 0.05 if freedom == 3 else 0.01  # of the docstring; levels to 0.995
     assert abs(t_quantile(level, freedom) - exact) <= promised * exact
+
+
+def test_a_prediction_interval_holds_one_more() -> None:
+    """Sets of six and a seventh alike, lognormal: beyond either end in 2.5 % of the sets, by the binomial's own limit;
+    the largest of the six is exceeded in 1 of 7."""
+    sets, tail, chance = 40_000, 0.025, 1e-6
+    draws, above, below, largest = random.Random(0), 0, 0, 0
+    for _ in range(sets):
+        *known, new = (draws.lognormvariate(-7, 0.3) for _ in range(7))
+        low, high = prediction_interval(known)
+        above, below, largest = above + (new > high), below + (new < low), largest + (new > max(known))
+    most = sets * tail + NormalDist().inv_cdf(1 - chance) * math.sqrt(sets * tail * (1 - tail))
+    assert 0 < above <= most and 0 < below <= most < largest
+
+
+@pytest.mark.parametrize("values", [[2.0], [0.0, 1.0], [1.0, math.inf], [3.0, 3.0]])
+def test_a_prediction_interval_without_a_spread(values: list[float]) -> None:
+    low, high = prediction_interval(values)
+    # e ulps of a logarithm's product with its size, where the logarithms are alike
+    assert low == min(values) and min(values) <= high <= max(values) * (1 + 2.0**-50)
 
 
 def test_the_draw_keeps_its_probabilities() -> None:
