@@ -63,10 +63,11 @@ class Loss:
     softcap: float | None
     temperature: float
     biases: tuple[tuple[Tensor, float], ...]
+    returns: tuple[str, ...] = ()  # options of linear_cross_entropy that make it return more
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any], counts: Counts
-    ) -> Tensor:
+    ) -> Any:
         if self.columns != weight.shape[0]:
             weight = weight[: self.columns]
             bias = None if bias is None else bias[: self.columns]
@@ -85,8 +86,8 @@ class Loss:
             label_smoothing=self.label_smoothing,
             class_weight=self.class_weight,
             **options,
+            **dict.fromkeys(self.returns, True),  # type: ignore[arg-type]
         )
-        assert isinstance(loss, Tensor)
         if not torch.compiler.is_compiling():
             counts.fused += 1
             counts.impls[get(options.get("impl", DEFAULT)).name] += 1
@@ -179,7 +180,7 @@ class Request:
         self.open = True  # the model's forward has not returned
         self.called = False  # the head, by it
 
-    def run(self, hidden: Tensor, loss: Loss | None, autocast: torch.dtype | None) -> Tensor:
+    def run(self, hidden: Tensor, loss: Loss | None, autocast: torch.dtype | None) -> Any:
         """The head's own call on (..., D) hidden states, its product or the loss in its place, under the autocast that
         it was first called under."""
         kind = hidden.device.type
@@ -188,7 +189,7 @@ class Request:
         with torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
             return self._run(hidden, loss)
 
-    def _run(self, hidden: Tensor, loss: Loss | None) -> Tensor:
+    def _run(self, hidden: Tensor, loss: Loss | None) -> Any:
         hook = install(self.head)
         before = hook.task
         if loss is None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from .head import Loss, Request
 
-__all__ = ["LazyLogits", "deferred", "materialise"]
+__all__ = ["LazyLogits", "deferred", "fused", "materialise"]
 
 SELF = object()  # stands for the logits in a remembered call
 
@@ -69,7 +69,7 @@ class LazyLogits:
             changes.get("dtype", self._dtype),
             changes.get("formula", self._formula),
             changes.get("steps", self._steps),
-            self._autocast,
+            changes.get("autocast", self._autocast),
             self._weight,
         )
         if self._left:
@@ -352,17 +352,33 @@ def _loss(x: LazyLogits, args: Any, kwargs: Any) -> Any:
     indices = isinstance(target, Tensor) and not target.is_floating_point() and target.shape == x.shape[:-1]
     if x.ndim != 2 or not indices or given.get("size_average") is not None or given.get("reduce") is not None:
         return None
+    weight = None if weight is None else weight.detach()
+    return fused(x, target, given["ignore_index"], given["reduction"], float(given["label_smoothing"]), weight)
+
+
+def fused(
+    x: LazyLogits,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    returns: tuple[str, ...] = (),
+) -> Any:
+    """`linear_cross_entropy` of these logits over `temperature`, with what the names in `returns` make it return."""
     formula = x._formula
     loss = Loss(
         target,
-        given["ignore_index"],
-        given["reduction"],
-        float(given["label_smoothing"]),
-        None if weight is None else weight.detach(),
+        ignore_index,
+        reduction,
+        label_smoothing,
+        class_weight,
         formula.columns,
         formula.softcap,
-        formula.divisor,
+        formula.divisor * temperature,
         formula.biases,
+        returns,
     )
     return x._request.run(x._hidden, loss, x._autocast)
 

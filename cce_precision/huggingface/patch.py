@@ -23,12 +23,13 @@ from ..interface import linear_cross_entropy
 from ..variants import DEFAULT, get
 from .head import KEY, Counts, HeadHook, Options, Request, install, remove
 from .logits import LazyLogits, deferred
+from .trl import KEYWORD, answer, fused_head
 
 __all__ = ["cce_counts", "cce_patch", "uncce_patch"]
 
 ATTRIBUTE = "_cce_patch"
 ORIGINALS = "_cce_originals"  # a wrapped class's own functions
-INNER = "_cce_inner_forward"  # an instance's own forward, where something else has given it one
+INNER = "_cce_inner_forwards"  # an instance's own forwards, which others have given it and the wrapper stands before
 # What the model itself decides, call by call.
 DECIDED = {
     "ignore_index", "softcap", "shift", "temperature", "label_smoothing", "class_weight",
@@ -59,7 +60,7 @@ class Patch:
             self.told = True
             warnings.warn(
                 f"cce_patch: {why}, so the loss of {type(model).__name__} is not that of linear_cross_entropy; "
-                "a library that brings a loss of its own (Liger, newer TRL) has to leave it out",
+                "a library that brings a loss of its own (Liger) has to leave it out",
                 stacklevel=2,
             )
 
@@ -71,22 +72,28 @@ class Patch:
             _unwrap_class(self.cls)
 
 
-def _wrapper(original: Callable[..., Any] | None, signature: inspect.Signature) -> Callable[..., Any]:
-    """A forward that asks the head for a loss where labels are given; `original` None is the instance's own forward."""
+def _wrapper(original: Callable[..., Any] | int, signature: inspect.Signature, fused: Any = None) -> Callable[..., Any]:
+    """A forward that asks the head for a loss where labels are given.
+
+    `original`: the class's own forward, or the place of an instance's own among its `INNER`; `fused`: what that one
+    computes for TRL.
+    """
     names = list(signature.parameters)
     position = names.index("labels") - 1 if "labels" in names else len(names)  # without self
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inner = getattr(self, INNER) if original is None else functools.partial(original, self)
+        inner = self.__dict__[INNER][original] if isinstance(original, int) else functools.partial(original, self)
         patch = getattr(self, ATTRIBUTE, None)
         if patch is not None:
             patch.reached = True
         labels = kwargs.get("labels")
         if labels is None and len(args) > position:
             labels = args[position]
-        if patch is None or labels is None or (patch.options.train_only and not self.training):
+        if patch is None or (patch.options.train_only and not self.training):
             return inner(*args, **kwargs)
-        return _with_labels(self, patch, labels, inner, args, kwargs)
+        if kwargs.get(KEYWORD):
+            return _for_trl(self, patch, fused, inner, args, kwargs)
+        return inner(*args, **kwargs) if labels is None else _with_labels(self, patch, labels, inner, args, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
@@ -95,9 +102,7 @@ def _wrapper(original: Callable[..., Any] | None, signature: inspect.Signature) 
 def _with_labels(
     model: nn.Module, patch: Patch, labels: Tensor, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    if getattr(model, "_is_replica", False):
-        raise RuntimeError("cce_patch does not work under nn.DataParallel: use DistributedDataParallel (torchrun)")
-    head, hook = prepared(model)
+    head, hook = _prepared_here(model)
     if hook.task is not None:  # a subclass's forward inside that of its base
         return inner(*args, **kwargs)
     if patch.options.reduction != "mean":
@@ -105,15 +110,51 @@ def _with_labels(
     request = Request(
         type(model).__name__, head, labels, kwargs.get("shift_labels") is None, patch.options, patch.counts
     )
-    hook.task = deferred(request)
-    try:
-        output = inner(*args, **kwargs)
-    finally:
-        hook.task = None
-        request.open = False
+    output = _deferring(request, hook, inner, args, kwargs)
     if not request.called:
         patch.foreign(model, "its forward does not call the head")
     return leave(output, model.training, patch.options)
+
+
+def _for_trl(
+    model: nn.Module, patch: Patch, fused: Any, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """What TRL's own forward would return, which then sees an ordinary call without labels."""
+    if fused is None:
+        raise RuntimeError("cce_patch came too late for TRL's trainer: patch the model before trainer.train()")
+    if patch.options.reduction != "mean":
+        raise ValueError(f"under TRL's trainer cce_patch needs reduction='mean', got {patch.options.reduction!r}")
+    asked: dict[str, Any] = {name: kwargs.get(name) for name in ("labels", "shift_labels", "num_items_in_batch")}
+    rest = {name: value for name, value in kwargs.items() if name not in asked and name != KEYWORD}
+    head, hook = _prepared_here(model)
+    request = Request(type(model).__name__, head, asked["labels"], False, patch.options, patch.counts)
+    output = _deferring(request, hook, inner, args, rest | {"use_cache": False})
+    return answer(model, fused, output, asked)
+
+
+def _prepared_here(model: nn.Module) -> tuple[nn.Linear, HeadHook]:
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError("cce_patch does not work under nn.DataParallel: use DistributedDataParallel (torchrun)")
+    return prepared(model)
+
+
+def _deferring(request: Request, hook: HeadHook, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """The output of a forward whose head is left to `request`."""
+    hook.task = deferred(request)
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        hook.task = None
+        request.open = False
+
+
+def _stand_before(model: nn.Module) -> None:
+    """Puts the wrapper before the forward that somebody has given this instance."""
+    own = model.__dict__["forward"]
+    fused, others = fused_head(own), model.__dict__.setdefault(INNER, [])
+    wrapper = _wrapper(len(others), inspect.signature(type(model).forward), fused)
+    others.append(own)
+    model.__dict__["forward"] = MethodType(wrapper, model)
 
 
 def prepared(model: Any) -> tuple[nn.Linear, HeadHook]:
@@ -176,7 +217,7 @@ def _wrap_class(cls: type[nn.Module]) -> None:
     """Puts the wrapper in place of a class's forward, and prepares the heads of models when they are made."""
     if ORIGINALS in cls.__dict__:
         return
-    forward, init = cls.forward, cls.__init__
+    forward, init, assign = cls.forward, cls.__init__, cls.__setattr__
     wrapper = _wrapper(forward, inspect.signature(forward))
     for name in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
         setattr(wrapper, name, getattr(forward, name, getattr(wrapper, name)))
@@ -188,9 +229,16 @@ def _wrap_class(cls: type[nn.Module]) -> None:
             prepared(self)
             _watched(self)
 
-    setattr(cls, ORIGINALS, {name: cls.__dict__.get(name) for name in ("forward", "__init__")})
+    @functools.wraps(assign)
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        assign(self, name, value)
+        if name == "forward" and getattr(self, ATTRIBUTE, None) is not None and fused_head(self.__dict__.get(name)):
+            _stand_before(self)  # a trainer of TRL has given it to the patched model
+
+    setattr(cls, ORIGINALS, {name: cls.__dict__.get(name) for name in ("forward", "__init__", "__setattr__")})
     cls.forward = wrapper  # type: ignore[method-assign]
     cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
 
 
 def _unwrap_class(cls: type[nn.Module]) -> None:
@@ -243,13 +291,17 @@ def cce_patch(
     operation), and `F.cross_entropy` of them is one fused call. The logits that such a forward returns are computed
     when they are read; RuntimeError if the head's weight has changed by then (which `torch.compile` does not notice).
     `generate` and calls without labels are what they were. `cce_counts(model)` tells how many losses were fused, and by
-    which variant (what impl="auto" took). A library that replaces the whole forward afterwards brings its own loss: a
-    warning says so.
+    which variant (what impl="auto" took). TRL's SFTTrainer, which from 1.16 asks for log-probabilities, entropies and
+    top-1 hits by token instead of a loss, gets them from one such call as well, whether the model is patched before the
+    trainer is made or between that and `train()` (a class only before its model is made). Another library that replaces
+    the whole forward afterwards brings its own loss: a warning says so.
 
     Raises:
         TypeError: for a model whose head is no plain `nn.Linear`, naming it (a list of heads, a quantised head, an
             adapter on the head: train it with `modules_to_save`, or merge it); for arguments of the wrong type.
         ValueError: for an unknown model type or option.
+        NotImplementedError: where a trainer of TRL wants of the patched model what `linear_cross_entropy` does not
+            compute (mean logits: DPO, KTO).
 
     Error guarantee: that of `linear_cross_entropy` with this `impl`.
     """
@@ -279,15 +331,14 @@ def cce_patch(
             old.retire()
         return cls
     model = _unwrapped(model_type_or_model_or_config)
-    prepared(model)  # raises before anything is changed
+    prepared(model)  # raises before anything is changed, as this does:
+    fused_head(model.__dict__.get("forward"))
     uncce_patch(model)
     prepared(model)
     _watched(model)
     setattr(model, ATTRIBUTE, Patch(type(model), chosen))
-    if "forward" in model.__dict__:  # accelerate's, that of a model spread over devices
-        object.__setattr__(model, INNER, model.forward)
-        wrapper = _wrapper(None, inspect.signature(type(model).forward))
-        model.forward = MethodType(wrapper, model)  # type: ignore[method-assign]
+    if "forward" in model.__dict__:  # accelerate's, that of a model spread over devices, or TRL's
+        _stand_before(model)
     return model_type_or_model_or_config
 
 
@@ -315,8 +366,8 @@ def uncce_patch(model_type_or_model_or_config: Any) -> Any:
         return cls
     model = _unwrapped(model_type_or_model_or_config)
     patch = model.__dict__.pop(ATTRIBUTE, None)
-    if INNER in model.__dict__:
-        model.forward = model.__dict__.pop(INNER)
+    if model.__dict__.get(INNER):
+        model.__dict__["forward"] = model.__dict__[INNER].pop()
     if patch is not None:
         patch.retire()
     if getattr(type(model), ATTRIBUTE, None) is not None:
