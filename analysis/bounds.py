@@ -46,13 +46,21 @@ class Call:
     """One call in visiting order, cut into blocks of valid tokens."""
 
     def __init__(
-        self, problem: Problem, plan: Plan, objective: Objective, machine: Machine, stages: Stages = ALL_STAGES
+        self,
+        problem: Problem,
+        plan: Plan,
+        objective: Objective,
+        machine: Machine,
+        stages: Stages = ALL_STAGES,
+        order: Tensor | None = None,
     ) -> None:
         self.problem, self.plan, self.objective, self.machine, self.stages = problem, plan, objective, machine, stages
         self.variant, self.tiled = plan.variant, plan.variant.path is Path.TILED
         self.p = precision(problem, machine, Stage.SOFTMAX, stages)
         self.valid = (problem.targets >= 0).nonzero()[:, 0]
-        self.order = vocabulary_order(problem, self.variant, self.valid) if self.tiled else None
+        self.order = order
+        if order is None and self.tiled:
+            self.order = vocabulary_order(problem, self.variant, self.valid)
         self.ids = torch.arange(problem.v, device=problem.e.device) if self.order is None else self.order
         self.targets = problem.positions(self.order)
         self.c = problem.c.detach().double()[self.ids]
@@ -259,6 +267,7 @@ def bound(
     seed: int = 0,
     machine: Machine | str = CPU,
     gradients: bool = True,
+    order: Tensor | None = None,
 ) -> Quantities:
     """Elementwise bounds of the error of a call: every entry computed by `plan` is within its bound of the exact one.
 
@@ -271,11 +280,13 @@ def bound(
         seed: of the random filters: their draws are known, so the bound is that of this one run.
         machine: how products, sums and elementary functions round; a record or its name in `MACHINES`.
         gradients: False leaves dE, dC and dbias empty.
+        order: (V,) int64, the columns as the call visited them, where that is known: mean logits that are equal but for
+            rounding may stand either way. By default in the order of eager's rounding.
 
     Returns fp64 tensors on the device of e; 0 in ignored tokens; inf where nothing can be said (an overflow, or
     logits so large that their rounding swamps the softmax). Memory: some 20 fp64 copies of one block of logits, of at
     most 2^23 entries.
     """
     machine = MACHINES[machine] if isinstance(machine, str) else machine
-    call = Call(problem, plan, Objective() if objective is None else objective, machine)
+    call = Call(problem, plan, Objective() if objective is None else objective, machine, order=order)
     return call.quantities(seed, gradients)

@@ -23,6 +23,8 @@ from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build, moved
 from cce_precision.analysis.references import Quantities, Truth, truth
 from cce_precision.autograd import choose_backend
+from cce_precision.numerics import unit_roundoff
+from cce_precision.problem import Problem
 
 __all__ = [
     "QUANTITIES",
@@ -189,6 +191,44 @@ def sparse_way(call: Call) -> Iterator[list[Tensor]]:
         yield taken
 
 
+@contextlib.contextmanager
+def visits(call: Call) -> Iterator[list[Tensor]]:
+    """Collects the orders in which kernels visit the columns, (V,) int64."""
+    taken: list[Tensor] = []
+    if not call.plan.variant.sort_vocabulary or choose_backend(call.placed(), call.plan) != "triton":
+        yield taken
+        return
+    from cce_precision.kernels import dense, subsets
+
+    visiting_order = dense.visiting_order
+
+    def watched(*arguments: Any) -> Tensor | None:
+        order = visiting_order(*arguments)
+        taken.extend(() if order is None else (order,))
+        return order
+
+    with mock.patch.object(dense, "visiting_order", watched), mock.patch.object(subsets, "visiting_order", watched):
+        yield taken
+
+
+def explained(problem: Problem, orders: list[Tensor]) -> Tensor | None:
+    """The order that was taken, if it is by falling mean logit but for what rounding can do to those in fp32: a sum
+    over the tokens, one quotient, a sum over the features and the bias, each term rounded at most N + D + 3 times.
+    """
+    if not orders:
+        return None
+    order = orders[-1].cpu()
+    e, c = problem.e[problem.targets >= 0].double(), problem.c.double()
+    mean, largest = (e.mean(0), e.abs().mean(0)) if len(e) else (c.new_zeros(problem.d), c.new_zeros(problem.d))
+    key, size = c @ mean, c.abs() @ largest
+    if problem.bias is not None:
+        key, size = key + problem.bias.double(), size + problem.bias.double().abs()
+    slack = (sum(problem.e.shape) + 3) * unit_roundoff(torch.float32) * size
+    rises = (key[order][1:] - key[order][:-1]).nan_to_num(nan=0.0)  # of two masked columns
+    falls = bool((rises <= slack[order][1:] + slack[order][:-1]).all())
+    return order if falls and torch.equal(order.sort().values, torch.arange(problem.v)) else None
+
+
 def judge(
     k: Knobs,
     method: str | None = None,
@@ -209,8 +249,9 @@ def judge(
         method = "balls" if small and call.problem.compute_dtype is torch.float64 else "fp64"
     machine = machine_of(call) if machine is None else machine
     exact = truth(call.problem, call.objective, method)
-    with sparse_way(call) as full:
+    with sparse_way(call) as full, visits(call) as orders:
         computed = outputs(call)
+    order = explained(call.problem, orders)
     unfiltered = dataclasses.replace(call.plan, variant=call.plan.variant.exact())
     if any(bool(x) for x in full):
         ways = [unfiltered]
@@ -218,7 +259,8 @@ def judge(
         ways = [call.plan]
     else:  # the pass took one or the other and does not say which
         ways = [call.plan, unfiltered]
-    allowed = [bound(call.problem, way, call.objective, seed=call.knobs.seed, machine=machine) for way in ways]
+    seed = call.knobs.seed
+    allowed = [bound(call.problem, way, call.objective, seed=seed, machine=machine, order=order) for way in ways]
     verdicts = [judge_outputs(call, computed, exact, one) for one in allowed]
     verdict = next((one for one in verdicts if one.holds), verdicts[0])
     return verdict if call.knobs.tolerance is None else promised(verdict, exact, allowed[-1])

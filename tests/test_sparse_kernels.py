@@ -13,7 +13,7 @@ from torch import Tensor
 from cce_precision import eager, kernels, linear_cross_entropy, variants
 from cce_precision.analysis.bounds import bound
 from cce_precision.analysis.bounds_model import INTERPRETER
-from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
+from cce_precision.analysis.fuzz import compare, explained, judge, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import Objective, truth
 from cce_precision.eager.filters import hash32, sampled
@@ -24,10 +24,11 @@ from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import exact, filtered  # noqa: E402
+from cce_precision.kernels import dense, exact, filtered  # noqa: E402
 from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
 from cce_precision.kernels.entries import Buffers  # noqa: E402
 from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
+from cce_precision.kernels.terms import clean_rows  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
 
@@ -198,6 +199,27 @@ def test_other_calls_are_within_the_bounds(k: Knobs) -> None:
     k = dataclasses.replace(k, filter_eps=k.filter_eps and EPS, scale=2.0)
     verdict = judge(k)
     assert verdict.holds, str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("seed", "n", "v", "d", "more"),
+    [(3, 20, 10, 10, {"scale": 3.0}), (1067533204, 20, 10, 10, {"scale": 3.0, "nan_ignored": True, "strided": True}),
+     (146974464, 14, 18, 11, {"margin": 12.0, "ignored": "some", "nan_ignored": True, "strided": True})],
+)  # fmt: skip
+def test_equal_mean_logits_may_stand_either_way(seed: int, n: int, v: int, d: int, more: dict[str, Any]) -> None:
+    """Found on a GPU: of columns whose mean logits are equal but for rounding, a kernel may draw another."""
+    verdict = judge(Knobs(seed=seed, n=n, v=v, d=d, impl="cce_subsampled", pattern="ties", filter_eps=2.0**-4, **more))
+    assert verdict.holds, str(verdict)
+
+
+def test_an_order_that_rounding_does_not_explain_is_not_taken() -> None:
+    problem = exact_problem(6, 50, 8)
+    order = dense.visiting_order(problem, Plan(variants.get("cce_subsampled")), clean_rows(problem))
+    assert order is not None and explained(problem, [order]) is not None
+    swapped, twice = order.clone(), order.clone()
+    swapped[[0, -1]], twice[0] = swapped[[-1, 0]], twice[1]
+    assert explained(problem, [swapped]) is None and explained(problem, [twice]) is None
+    assert explained(problem, []) is None
 
 
 def test_the_target_of_a_confident_token_survives_fp16() -> None:
