@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from cce_precision.analysis.sampled import ExactRows, Measured, Sampled
 from cce_precision.analysis.sampled_statistics import prediction_interval
 from cce_precision.choosing import BASELINE, Candidate, Choice, Errors
 from cce_precision.interface import linear_cross_entropy
-from cce_precision.kernels import one_pass_fits
+from cce_precision.kernels import one_pass_shapes
 from cce_precision.numerics import Path, Variant
 from cce_precision.problem import Plan, Problem
 from cce_precision.validation import check_tolerance
@@ -131,8 +131,9 @@ def candidates(problem: Problem, impls: Sequence[str] | None = None) -> list[Run
         if not cost.one_pass or cost.impl not in {one.impl for one in found}:
             continue
         workspace = cost.workspace_mb(problem.n, problem.v, problem.d)
-        plan = Plan(get(cost.impl), problem.softcap, problem.temperature, workspace_mb=workspace)
-        if place == "cuda" and one_pass_fits(problem, replace(plan, one_pass=(True, True, problem.bias is not None))):
+        wanted = (True, True, problem.bias is not None)
+        plan = Plan(get(cost.impl), problem.softcap, problem.temperature, workspace_mb=workspace, one_pass=wanted)
+        if place == "cuda" and one_pass_shapes(problem, plan) is not None:
             found.append(Run(cost.impl, workspace))
     return list(dict.fromkeys(found))
 

@@ -43,36 +43,40 @@ def choose_backend(problem: Problem, plan: Plan) -> str:
     return "eager"
 
 
-def _in_one_pass(problem: Problem, plan: Plan) -> bool:
-    """Whether the forward pass computes the gradients too, in the workspace that the caller allows."""
-    return (
-        plan.one_pass is not None and choose_backend(problem, plan) == "triton" and kernels.one_pass_fits(problem, plan)
-    )
+def _left_by_one_pass(problem: Problem, plan: Plan) -> tuple[Tensor, ...] | None:
+    """What the forward pass leaves where it computes the gradients too, in the workspace that the caller allows, as
+    tensors without values; None where it does not.
+    """
+    if plan.one_pass is None or choose_backend(problem, plan) != "triton":
+        return None
+    return kernels.one_pass_shapes(problem, plan)
 
 
 def _record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:
     return kernels.record_shape(problem, plan) if choose_backend(problem, plan) == "triton" else (0, 0)
 
 
-# Returns the heads, a record for the backward pass (or empty), and where the forward pass computes gradients too, those
-# of sum_i nll_i in fp32 (else empty).
+LEFT = 5  # tensors that a forward pass in one leaves
+
+
+# Returns the heads, a record for the backward pass (or empty), and where the forward pass computes gradients too, what
+# `_finished` makes them of (else empty).
 @torch.library.custom_op("cce_precision::forward", mutates_args=())
 def _forward(
     e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor | None, seed: Tensor, plan: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
-    gradients: Sequence[Tensor | None] = (None, None, None)
+    left: Sequence[Tensor] = [e.new_empty(0) for _ in range(LEFT)]
     record = torch.zeros(0, 0, dtype=torch.int32, device=e.device)
     with torch.autocast(e.device.type, enabled=False):  # the passes choose the dtype of every product themselves
-        if _in_one_pass(problem, decoded):
-            heads, gradients = kernels.forward_one_pass(problem, decoded)
+        if _left_by_one_pass(problem, decoded) is not None:
+            heads, left = kernels.forward_one_pass(problem, decoded)
         elif choose_backend(problem, decoded) == "triton":
             heads, record = kernels.forward(problem, decoded, seed)
         else:
             heads = eager.forward(problem, decoded)
-    empty = lambda: e.new_empty(0, dtype=torch.float32)  # noqa: E731
-    return (*heads, record, *(empty() if g is None else g for g in gradients))  # type: ignore[return-value]
+    return (*heads, record, *left)  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -80,10 +84,7 @@ def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
     decoded = Plan.decode(plan)
     problem = _problem(e, c, bias, targets, weight, decoded)
     new = lambda wanted, kind=problem.compute_dtype: e.new_empty(problem.n if wanted else 0, dtype=kind)  # noqa: E731
-    wanted = (
-        decoded.one_pass if decoded.one_pass is not None and _in_one_pass(problem, decoded) else (False, False, False)
-    )
-    unit = lambda x, wanted: e.new_empty(x.shape if wanted and x is not None else 0, dtype=torch.float32)  # noqa: E731
+    left = _left_by_one_pass(problem, decoded)
     return (
         new(True),
         new(True),
@@ -91,7 +92,7 @@ def _(e, c, bias, targets, weight, seed, plan):  # type: ignore[no-untyped-def]
         new(decoded.want_smooth),
         new(decoded.want_argmax, torch.int64),
         e.new_empty(_record_shape(problem, decoded), dtype=torch.int32),
-        *(unit(x, w) for x, w in zip((e, c, bias), wanted)),
+        *([e.new_empty(0) for _ in range(LEFT)] if left is None else left),
     )
 
 
@@ -133,37 +134,39 @@ def _(upstream, heads, record, e, c, bias, targets, weight, seed, plan, need):  
     return d_e, like(c, need[1]), like(bias, need[2] and bias is not None)
 
 
-@torch.library.custom_op("cce_precision::scaled", mutates_args=())
-def _scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """A gradient of the summed nll times the upstream scalar factor[0], rounded once to the dtype of `like`."""
-    if unit.is_cuda:
-        return kernels.scaled(unit, factor[:1].reshape(()), like)
-    return torch.mul(unit, factor[0], out=like.new_empty(unit.shape))
+@torch.library.custom_op("cce_precision::finished", mutates_args=())
+def _finished(
+    left: Sequence[Tensor], factor: Tensor, e: Tensor, c: Tensor, targets: Tensor, need: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(dE, dC) of what a forward pass in one left, times the upstream scalar factor[0]; empty where not wanted."""
+    wanted = (bool(need[0]), bool(need[1]))
+    gradients = kernels.finished(Problem(e, c, targets), left, factor[:1].reshape(()), wanted)
+    return tuple(e.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
 
-@_scaled.register_fake
-def _(unit, factor, like):  # type: ignore[no-untyped-def]
-    return like.new_empty(unit.shape)
+@_finished.register_fake
+def _(left, factor, e, c, targets, need):  # type: ignore[no-untyped-def]
+    like = lambda x, wanted: x.new_empty(x.shape if wanted else 0)  # noqa: E731
+    return like(e, need[0]), like(c, need[1])
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     e, c, bias, targets, weight, seed, plan = inputs
-    nll, lse, entropy, _, argmax, record, *units = output
+    nll, lse, entropy, _, argmax, record, *left = output
     ctx.plan = plan
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(argmax, record, *units)
-    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy, record, *units)
+    ctx.mark_non_differentiable(argmax, record, *left)
+    ctx.save_for_backward(e, c, bias, targets, weight, seed, nll, lse, entropy, record, *left)
 
 
 def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
-    e, c, bias, targets, weight, seed, nll, lse, entropy, record, *units = ctx.saved_tensors
+    e, c, bias, targets, weight, seed, nll, lse, entropy, record, *left = ctx.saved_tensors
     need = [int(x) for x in ctx.needs_input_grad[:3]]
     if all(g is None for g in grads[:4]):
         return (None,) * 7
-    if any(unit.numel() for unit in units):
-        scaled = torch.ops.cce_precision.scaled
-        inputs = zip(units, (e, c, bias), need)
-        return (*(scaled(unit, grads[0], x) if wanted else None for unit, x, wanted in inputs), None, None, None, None)
+    if any(x.numel() for x in left):
+        d_e, d_c = torch.ops.cce_precision.finished(left, grads[0], e, c, targets, need[:2])
+        return (d_e if need[0] else None, d_c if need[1] else None, None, None, None, None, None)
     upstream = [e.new_empty(0, dtype=nll.dtype) if g is None else g.contiguous() for g in grads[:4]]
     gradients = torch.ops.cce_precision.backward(
         upstream, [nll, lse, entropy], record, e, c, bias, targets, weight, seed, ctx.plan, need
@@ -180,7 +183,7 @@ def _refuse_second(ctx, *grads):  # type: ignore[no-untyped-def]
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse_second)
-_scaled.register_autograd(_refuse_second)
+_finished.register_autograd(_refuse_second)
 
 
 def forward_of(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:

@@ -110,11 +110,16 @@ class Cost:
         return (size + self.vocabulary_bytes * v + self.fixed_bytes) / MIB
 
     def workspace_mb(self, n: int, v: int, d: int, tokens: int = ONE_PASS_TOKENS) -> int | None:
-        """MiB in which the one-pass mode holds chunks of `tokens`; None for a variant that asks for no workspace."""
+        """MiB in which the one-pass mode holds chunks of `tokens`, or the powers of all; None for a variant that asks
+        for no workspace."""
         if not self.one_pass:
             return None
         token = 2 * v + 8 * (v // 256 + 1) + 2 * d
-        return math.ceil((4 * v * d + 6 * n * d + token * 128 * math.ceil(min(n, tokens) / 128)) / MIB)
+        size = 4 * v * d + 6 * n * d + token * 128 * math.ceil(min(n, tokens) / 128)
+        if n < 2 * d:
+            padded = 2 * (n + 127) * (v + v // 32 + 512)
+            size = min(size, padded + 16 * n * (v // 256 + 1) + 8 * n * d + (2 * v + 4 * min(v, 2**14)) * d)
+        return math.ceil(size / MIB)
 
 
 class _Case(NamedTuple):

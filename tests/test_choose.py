@@ -150,14 +150,14 @@ def test_the_table_holds_predictions_for_one_more_problem() -> None:
 @pytest.mark.parametrize(("n", "v", "d"), [(8192, 256000, 2304), (8192, 131072, 1024), (1000, 32000, 768), (77, 9, 8)])
 def test_the_one_pass_workspace_is_what_the_kernels_need(n: int, v: int, d: int) -> None:
     pytest.importorskip("triton")
-    from cce_precision.kernels.one_pass import tokens_a_chunk
+    from cce_precision.kernels.one_pass import shapes
 
     cost = next(c for c in TABLE.costs if c.one_pass)
     e, c = (torch.empty(rows, d, dtype=torch.bfloat16, device="meta") for rows in (n, v))
     problem = Problem(e, c, torch.empty(n, dtype=torch.int64, device="meta"))
     for tokens in (choosing.ONE_PASS_TOKENS, choosing.FEWEST_TOKENS):
         workspace = cost.workspace_mb(n, v, d, tokens)
-        found = tokens_a_chunk(problem, Plan(get(cost.impl), workspace_mb=workspace, one_pass=(True, True, False)))
+        found = shapes(problem, Plan(get(cost.impl), workspace_mb=workspace, one_pass=(True, True, False)))
         assert workspace is not None and found is not None
 
 

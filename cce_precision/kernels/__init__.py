@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ from ..problem import Heads, Plan, Problem, Upstream
 __all__ = [
     "backward",
     "capacity",
+    "finished",
     "forward",
     "forward_one_pass",
     "occupancy",
-    "one_pass_fits",
+    "one_pass_shapes",
     "record_shape",
-    "scaled",
     "supports",
 ]
 
@@ -121,33 +122,36 @@ def forward(problem: Problem, plan: Plan, seed: Tensor | None = None) -> tuple[H
         return run(problem, plan)
 
 
-def one_pass_fits(problem: Problem, plan: Plan) -> bool:
-    """Whether `forward_one_pass` runs this call in plan.workspace_mb: a function of shapes, dtypes, the device and the
-    plan alone.
+def one_pass_shapes(problem: Problem, plan: Plan) -> tuple[Tensor, ...] | None:
+    """What `forward_one_pass` leaves, as tensors without values; None where it does not run this call in
+    plan.workspace_mb. A function of shapes, dtypes, the device and the plan alone.
     """
-    if problem.e.dtype is not torch.bfloat16 or plan.workspace_mb is None:
-        return False
-    from .one_pass import tokens_a_chunk
+    if plan.one_pass is None or problem.e.dtype is not torch.bfloat16 or plan.workspace_mb is None:
+        return None
+    from .one_pass import shapes
 
-    return tokens_a_chunk(problem, plan) is not None
+    return shapes(problem, plan)
 
 
-def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The heads, and with them the gradients of sum_i nll_i that plan.one_pass asks for, in fp32 and unrounded."""
+def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor, ...]]:
+    """The heads, and what `finished` makes the gradients of that plan.one_pass asks for. Needs `one_pass_shapes`."""
     from .one_pass import forward_one_pass as run
 
     with _on(problem.e.device):
         return run(problem, plan)
 
 
-def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """unit (fp32) times factor (0-dim), rounded once to the dtype of `like`: what turns `forward_one_pass`'s gradients
-    into the final.
+def finished(
+    problem: Problem, left: Sequence[Tensor], factor: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dE, dC) of what `forward_one_pass` left: the gradients of sum_i nll_i times factor (0-dim fp32), rounded once to
+    the dtypes of e and c; None where `need`, a part of what the forward pass was asked for, says so.
     """
-    from .one_pass import scaled as run
+    from .one_pass import Unfinished
+    from .one_pass import finished as run
 
-    with _on(unit.device):
-        return run(unit, factor, like)
+    with _on(factor.device):
+        return run(problem, Unfinished(*left), factor, need)
 
 
 def record_shape(problem: Problem, plan: Plan) -> tuple[int, int]:

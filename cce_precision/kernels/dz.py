@@ -320,7 +320,8 @@ def _launch(
 def write_powers(
     problem: Problem, e: Tensor, c: Tensor, terms: RowTerms, powers: Tensor, chosen: Tensor | None, stats: Tensor | None
 ) -> Tensor:
-    """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1.
+    """powers (N, V) = exp(z - r) with the target's entry 0, for terms with lse = r and alpha = 1. Where hopper_dz.py
+    takes the launch, also as runs of columns below each other, see there.
 
     Returns (2, column tiles, N): the row sums of the unrounded powers and the row maxima of z, by tile. With `chosen`
     (row blocks,), only row blocks where it is not 0 are computed, into `stats` as well.

@@ -121,6 +121,9 @@ def dz_half(
                 own = columns[None, :] == local[:, None]
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
         high = x.to(dz.dtype)
+        if STATS:  # runs of columns below each other, each with the rows of all blocks
+            run = (dz.shape[1] + COLUMNS - 1) // COLUMNS
+            block, tile = tile // run * blocks + block, tile % run
         store_half(out, dz, high, block, tile, WHICH)
         if FLAGS[6]:
             store_half(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), block, tile, WHICH)
@@ -132,7 +135,7 @@ def dz_half(
 def hopper_dz_kernel(
     e,  # (N, D) descriptor, tiles (128, 64)
     c,  # (W, D) descriptor, tiles (256, 64)
-    dz,  # (N, W) descriptor, tiles (64, 256)
+    dz,  # (N, W) descriptor, tiles (64, 256); with statistics (runs x N rounded up to 128, columns of a run)
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     targets,  # (N,) int64
     rows_terms,  # (6, N) fp32
@@ -275,10 +278,13 @@ def launch_dz(
 ) -> None:
     """Fills dz, dz_low (N, W) and the row statistics as dz.dz_kernel does without entropy, smoothing and column sums.
 
+    With statistics dz may be (runs x N rounded up to 128, columns of a run, which 256 divides), runs of columns below
+    each other.
+
     Under a softcap the label must stand apart. outputs.alive (zeros on entry) receives the largest |P - onehot| of each
     128 x 128 tile as fp32 bits.
     """
-    n, width = dz.shape
+    n, width = e.shape[0], run.c.shape[0]
     stats, chosen, alive = outputs.row_stats, outputs.chosen, outputs.alive
     blocks, tiles = (n + 127) // 128, (width + 255) // 256
     units = blocks * tiles

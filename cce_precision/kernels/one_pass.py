@@ -1,17 +1,25 @@
 """Loss and gradients with three products instead of four, where every token's upstream gradient is the same (mean or
 sum reduction).
 
-By chunks of tokens: one logits product writes the powers A_ij = exp(z_ij - r_i) in bf16 over the whole vocabulary, the
-target's entry 0, with the target's logit as the reference r_i. The row sum of A is then the odds against the target:
-nll = log1p of it, and P_ij = A_ij exp(r_i - lse_i) is known once the row is complete. So dE_i = exp(r_i - lse_i) (A
-C)_i and dC += A^T E' with rows e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are added in fp32.
-Gradients leave in fp32, unrounded.
+One logits product writes the powers A_ij = exp(z_ij - r_i) in bf16 over the whole vocabulary, the target's entry 0,
+with the target's logit as the reference r_i. The row sum of A is then the odds against the target: nll = log1p of it,
+and P_ij = A_ij exp(r_i - lse_i) is known once the row is complete. So dE_i = exp(r_i - lse_i) (A C)_i and dC = A^T E'
+with rows e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are added in fp32.
+
+With few tokens, fewer than 2 D, the powers of all take less memory than fp32 sums of dC. They wait for the backward
+pass, which knows the upstream gradient: its products are those of the dense pass, dC rounded once in their epilogue.
+With more tokens by chunks, whose products follow at once into fp32 sums of both gradients; the backward pass scales and
+rounds them.
 
 A row block in which a power came near to overflow is computed again from the row maximum, on the device: right for any
-logits. Memory: fp32 sums of dC and one chunk's powers. bf16 alone, whose range is that of fp32.
+logits. bf16 alone, whose range is that of fp32.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,31 +31,90 @@ from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
 from .dz import block_rows, write_powers
 from .entry import entry
+from .launch import descriptor_fits, hopper_fits, multiprocessors
 from .primitives import wide
-from .terms import RowTerms, clean_rows, scale_into
+from .schedule import WIDEST, best_width
+from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, scale_into
 
-__all__ = ["forward_one_pass", "scaled", "tokens_a_chunk"]
+__all__ = ["Unfinished", "finished", "forward_one_pass", "keeps_powers", "shapes", "tokens_a_chunk"]
 
 _FEWEST_TOKENS = 1024
 _COLUMNS_A_SUM = (
     32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
 )
 _LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
+_LIBRARY_BELOW = 2048  # features: with fewer the library's products are faster than hopper_product.py's
 
 
-def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
-    """Tokens a chunk, or None where one pass does not fit the call or the workspace that it allows."""
+class Unfinished(NamedTuple):
+    """The gradients of sum_i nll_i before their factor is known: as sums, or as the powers of all tokens. The others
+    are empty, and sums that are not wanted.
+    """
+
+    sums_e: Tensor  # (N, D) fp32
+    sums_c: Tensor  # (V, D) fp32
+    powers: Tensor  # (runs x rows, columns of a run) bf16, see `Runs`
+    factor: Tensor  # (N,) fp32: exp(r_i - lse_i)
+    label: Tensor  # (N,) fp32: P_t - 1, 0 where ignored
+
+
+class Runs(NamedTuple):
+    """How the powers of all tokens lie in memory: runs of columns below each other, each a matrix of its own, so that
+    few pages hold what a product reads together.
+    """
+
+    count: int
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(problem: Problem) -> Runs:
+        """Of shapes, dtypes and the device alone."""
+        n, v, d = problem.n, problem.v, problem.d
+        if not _by_hopper(problem):
+            return Runs(1, n, -(-v // 8) * 8)
+        columns = best_width(n, v, d, WIDEST, 1, (True, True), multiprocessors(problem.e.device), True)
+        return Runs(-(-v // columns), -(-n // 128) * 128, columns)
+
+
+def _by_hopper(problem: Problem) -> bool:
+    return hopper_fits(problem.c, True) and problem.d % 8 == 0
+
+
+def _fits(problem: Problem, plan: Plan) -> bool:
+    """Whether one pass computes this call at all."""
     variant = plan.variant
     plain = problem.bias is None and problem.softcap is None and problem.temperature == 1.0
     heads = plan.want_entropy or plan.want_smooth or plan.want_argmax
     exact = variant.label_apart and not variant.filtered and variant.operand is Operand.INPUT
-    if (
-        not (plain and exact)
-        or heads
-        or problem.operand_dtype is not torch.bfloat16
-        or plan.workspace_mb is None
-        or not problem.n
-    ):
+    bf16 = problem.operand_dtype is torch.bfloat16
+    return plain and exact and bf16 and not heads and plan.workspace_mb is not None and problem.n > 0
+
+
+def keeps_powers(problem: Problem, plan: Plan) -> bool:
+    """Whether the powers of all tokens wait for the backward pass: dC is wanted, sums of it would take more memory, and
+    the workspace holds them beside the gradients.
+    """
+    if not _fits(problem, plan) or plan.workspace_mb is None or not (plan.one_pass and plan.one_pass[1]):
+        return False
+    if problem.n >= 2 * problem.d:
+        return False
+    n, v, d, runs = problem.n, problem.v, problem.d, Runs.of(problem)
+    sums = 4 * d * min(v, WIDEST) if _by_library(problem) else 0
+    backward = 6 * n * d + sums + 2 * (n + v) * d
+    forward = 2 * n * d + 16 * n * (v // 256 + 1)
+    return 2 * runs.count * runs.rows * runs.columns + max(forward, backward) <= plan.workspace_mb * 2**20
+
+
+def _by_library(problem: Problem) -> bool:
+    return problem.d < _LIBRARY_BELOW or not _by_hopper(problem)
+
+
+def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
+    """Tokens a chunk, or None where one pass by chunks does not fit the call or the workspace that it allows beside the
+    gradients.
+    """
+    if not _fits(problem, plan) or plan.workspace_mb is None:
         return None
     n, v, d = problem.n, problem.v, problem.d
     fixed = 4 * v * d + 6 * n * d
@@ -57,6 +124,22 @@ def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
         return None
     chunks = -(-n // most)
     return min(-(-n // (chunks * 128)) * 128, most)
+
+
+def shapes(problem: Problem, plan: Plan) -> Unfinished | None:
+    """What `forward_one_pass` leaves, as tensors without values; None where one pass does not fit."""
+    if plan.one_pass is None:
+        return None
+    n, v, d = problem.n, problem.v, problem.d
+    new = functools.partial(problem.e.new_empty, dtype=torch.float32)  # no two of an operator's outputs are one
+    if keeps_powers(problem, plan):
+        runs = Runs.of(problem)
+        powers = new((runs.count * runs.rows, runs.columns), dtype=problem.c.dtype)
+        return Unfinished(new(0), new(0), powers, new(n), new(n))
+    if tokens_a_chunk(problem, plan) is None:
+        return None
+    sums_e, sums_c = (new((x, d) if wanted else 0) for x, wanted in zip((n, v), plan.one_pass))
+    return Unfinished(sums_e, sums_c, new(0), new(0), new(0))
 
 
 @entry
@@ -160,20 +243,18 @@ def add_labels_kernel(
         tl.store(at, value, mask=j < d)
 
 
-def scaled(unit: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """unit (fp32, contiguous) times factor (0-dim fp32), rounded once to the dtype of `like`."""
-    out = torch.empty(unit.shape, dtype=like.dtype, device=unit.device)
-    scale_into(out, unit, factor)
-    return out
+def _plain_terms(targets: Tensor, reference: Tensor, label: Tensor, scale: Tensor) -> RowTerms:
+    """Terms that make dZ the powers relative to `reference` (T,), with the label apart."""
+    none = torch.zeros_like(reference)
+    rows = torch.stack([reference, torch.ones_like(reference), none, none, none, none])
+    return RowTerms(targets, rows, label, scale, False, False, False, False)
 
 
 def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills powers (T, V); returns (sum of each row's powers, the reference that they are relative to), (T,) each."""
+    """Fills powers; returns (sum of each row's powers, the reference that they are relative to), (T,) each."""
 
     def terms(r: Tensor) -> RowTerms:
-        none = torch.zeros_like(r)
-        rows = torch.stack([r, torch.ones_like(r), none, none, none, none])
-        return RowTerms(targets, rows, none, none, False, False, False, False)
+        return _plain_terms(targets, r, r, r)
 
     stats = write_powers(problem, e, problem.c, terms(reference), powers, None, None)
     _, top = fold_stats(stats)
@@ -186,51 +267,138 @@ def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, pow
     return fold_stats(stats)[0], reference
 
 
-def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The heads, and the gradients of sum_i nll_i that plan.one_pass asks for (of e, c; a bias never comes here), in
-    fp32.
+class _Rows(NamedTuple):
+    """What the powers of some tokens tell of them, (T,) fp32 each; 0 where ignored."""
 
-    Requires `tokens_a_chunk` not None. No host synchronisation.
+    nll: Tensor
+    lse: Tensor
+    label: Tensor  # P_t - 1
+    factor: Tensor  # exp(r - lse)
+
+
+def _rows(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor) -> _Rows:
+    """Of the tokens e (T, D) contiguous, ignored ones 0; fills their powers."""
+    inside = targets >= 0
+    features = min(1024, triton.next_power_of_2(problem.d))
+    z_t = torch.empty(e.shape[0], dtype=torch.float32, device=e.device)
+    c = problem.c
+    target_logits_kernel[(e.shape[0],)](e, c, targets, z_t, problem.d, tuple(c.stride()), FEATURES=features)
+    odds, reference = _powers(problem, e, targets, z_t, powers)
+    gap = torch.log(odds) + (reference - z_t)  # log of the odds against the target
+    moved = torch.clamp(gap, min=0) + torch.log1p(torch.exp(-gap.abs()))
+    loss = torch.where(reference == z_t, torch.log1p(odds), moved)
+    found = loss, z_t + loss, torch.expm1(-loss), torch.exp(reference - z_t - loss)
+    return _Rows(*(torch.where(inside, x, 0) for x in found))
+
+
+def _finish_rows(problem: Problem, total: Tensor, chunk: slice, rows: _Rows) -> None:
+    """total (T, D) fp32 = the gradients of the chunk's tokens, from the products of their powers."""
+    features, c = min(1024, triton.next_power_of_2(problem.d)), problem.c
+    finish_rows_kernel[(total.shape[0], triton.cdiv(problem.d, features))](
+        total, c, problem.targets[chunk], rows.factor, rows.label, problem.d, tuple(c.stride()), FEATURES=features
+    )
+
+
+def _aligned(problem: Problem) -> Problem:
+    """The same with a classifier that the bulk copy engine reads, where `Runs` counts on it."""
+    if not _by_hopper(problem) or descriptor_fits(problem.c):
+        return problem
+    return dataclasses.replace(problem, c=problem.c.clone(memory_format=torch.contiguous_format))
+
+
+def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
+    """The heads, and what `finished` makes the gradients of that plan.one_pass asks for (of e, c; a bias never comes
+    here).
+
+    Requires `shapes` not None. No host synchronisation.
     """
-    tokens = tokens_a_chunk(problem, plan)
-    assert tokens is not None and plan.one_pass is not None
-    need_e, need_c, _ = plan.one_pass
-    n, v, d, device = problem.n, problem.v, problem.d, problem.e.device
-    e, c, targets = clean_rows(problem), problem.c, problem.targets
-    counts = targets >= 0
-    features = min(1024, triton.next_power_of_2(d))
-    z_t = torch.empty(n, dtype=torch.float32, device=device)
-    target_logits_kernel[(n,)](e, c, targets, z_t, d, tuple(c.stride()), FEATURES=features)
-    nll, lse, label = torch.zeros_like(z_t), torch.zeros_like(z_t), torch.zeros_like(z_t)
-    d_e = torch.empty((n, d), dtype=torch.float32, device=device) if need_e else None
-    d_c = torch.empty((v, d), dtype=torch.float32, device=device) if need_c else None
-    powers = torch.empty((tokens, -(-v // 8) * 8), dtype=c.dtype, device=device)[:, :v]
+    left = shapes(problem, plan)
+    assert left is not None
+    if left.powers.numel():
+        kept = _aligned(problem)
+        rows = _rows(kept, clean_rows(problem), problem.targets, left.powers[:, : min(problem.v, left.powers.shape[1])])
+        left = left._replace(factor=rows.factor, label=rows.label)
+    else:
+        rows = _by_chunks(problem, plan, left)
+    none = rows.nll.new_empty
+    return Heads(rows.nll, rows.lse, none(0), none(0), none(0, dtype=torch.int64)), left
 
+
+def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> _Rows:
+    """Fills the sums, chunk after chunk of tokens."""
+    tokens = tokens_a_chunk(problem, plan)
+    assert tokens is not None
+    n, v, d, c, targets = problem.n, problem.v, problem.d, problem.c, problem.targets
+    e = clean_rows(problem)
+    powers = torch.empty((tokens, -(-v // 8) * 8), dtype=c.dtype, device=c.device)[:, :v]
+    found = []
     for start in range(0, n, tokens):
         chunk = slice(start, min(start + tokens, n))
-        size = chunk.stop - start
-        inside = counts[chunk]
-        odds, reference = _powers(problem, e[chunk], targets[chunk], z_t[chunk], powers[:size])
-        gap = torch.log(odds) + (reference - z_t[chunk])  # log of the odds against the target
-        moved = torch.clamp(gap, min=0) + torch.log1p(torch.exp(-gap.abs()))
-        loss = torch.where(reference == z_t[chunk], torch.log1p(odds), moved)
-        nll[chunk] = torch.where(inside, loss, 0)
-        lse[chunk] = torch.where(inside, z_t[chunk] + loss, 0)
-        label[chunk] = torch.where(inside, torch.expm1(-loss), 0)
-        factor = torch.where(inside, torch.exp(reference - z_t[chunk] - loss), 0)  # exp(r - lse)
-        if d_e is not None:
+        own = powers[: chunk.stop - start]
+        rows = _rows(problem, e[chunk], targets[chunk], own)
+        found.append(rows)
+        if left.sums_e.numel():
             for column in range(0, v, _COLUMNS_A_SUM):
                 run = slice(column, min(column + _COLUMNS_A_SUM, v))
-                accumulate_product(d_e[chunk], powers[:size, run], c[run], column == 0)
-            finish_rows_kernel[(size, triton.cdiv(d, features))](
-                d_e[chunk], c, targets[chunk], factor, label[chunk], d, tuple(c.stride()), FEATURES=features
-            )
-        if d_c is not None:
-            scaled = (e[chunk] * factor[:, None]).to(c.dtype)
-            accumulate_product(d_c, powers[:size].T, scaled, start == 0)
-    if d_c is not None:
+                accumulate_product(left.sums_e[chunk], own[:, run], c[run], column == 0)
+            _finish_rows(problem, left.sums_e[chunk], chunk, rows)
+        if left.sums_c.numel():
+            accumulate_product(left.sums_c, own.T, (e[chunk] * rows.factor[:, None]).to(c.dtype), start == 0)
+    whole = _Rows(*map(torch.cat, zip(*found)))
+    if left.sums_c.numel():
         values, order = torch.sort(targets, stable=True)
-        width = min(512, features)
-        add_labels_kernel[(n, triton.cdiv(d, width))](d_c, e, values, order, label, n, d, TOKENS=16, FEATURES=width)
-    argmax = torch.empty(0, dtype=torch.int64, device=device)
-    return Heads(nll, lse, nll.new_empty(0), nll.new_empty(0), argmax), (d_e, d_c, None)
+        width = min(512, triton.next_power_of_2(d))
+        add_labels_kernel[(n, triton.cdiv(d, width))](
+            left.sums_c, e, values, order, whole.label, n, d, TOKENS=16, FEATURES=width
+        )
+    return whole
+
+
+def finished(
+    problem: Problem, left: Unfinished, factor: Tensor, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dE, dC) in the dtypes of e and c: what `forward_one_pass` left times factor (0-dim fp32), each rounded once."""
+    d_e, d_c = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
+        for x, wanted in zip((problem.e, problem.c), need)
+    )
+    sums_e = left.sums_e
+    if left.powers.numel():
+        sums_e = _products(_aligned(problem), left, factor, d_e is not None, d_c)
+    elif d_c is not None:
+        scale_into(d_c, left.sums_c, factor)
+    if d_e is not None:
+        scale_into(d_e, sums_e, factor)
+    return d_e, d_c
+
+
+def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, d_c: Tensor | None) -> Tensor:
+    """Fills d_c from the powers of all tokens. Returns dE without the factor, (N, D) fp32, if needed."""
+    n, v, d, c = problem.n, problem.v, problem.d, problem.c
+    e, runs = clean_rows(problem), Runs.of(problem)
+    rows = (e * left.factor[:, None]).to(c.dtype)
+    total = torch.zeros((n, d) if need_e else 0, dtype=torch.float32, device=e.device)
+    segments = TokensByTarget.of(problem.targets, v)
+    terms = _plain_terms(problem.targets, left.label, left.label, factor)
+    library = _by_library(problem)
+    sums = torch.empty((min(v, WIDEST), d) if library and d_c is not None else 0, dtype=torch.float32, device=e.device)
+    width = min(runs.columns, WIDEST)
+    for start in range(0, v, width):
+        run = slice(start, min(start + width, v))
+        powers = left.powers.view(runs.count, runs.rows, runs.columns)[start // runs.columns, :n]
+        powers = powers[:, start % runs.columns :][:, : run.stop - start]
+        if library:
+            if need_e:
+                accumulate_product(total, powers, c[run], False)
+            if d_c is not None:
+                accumulate_product(sums[: run.stop - start], powers.T, rows, True)
+                finish_columns(d_c, sums[: run.stop - start], start, e, terms, segments, None, None, None)
+            continue
+        from .hopper_product import Columns, Labels, add_products
+
+        labels = Labels(e, problem.targets, left.label, segments)
+        columns = None if d_c is None else Columns(d_c[run], factor, labels, start)
+        add_products([powers], rows, c[run], columns, total if need_e else None)
+    if need_e:
+        _finish_rows(problem, total, slice(0, n), _Rows(left.label, left.label, left.label, left.factor))
+    return total

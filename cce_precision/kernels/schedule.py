@@ -43,9 +43,11 @@ def schedule(n: int, width: int, units_c: int, units_e: int, multiprocessors: in
 
 
 @functools.cache
-def best_width(n: int, v: int, d: int, most: int, parts: int, wanted: tuple[bool, bool], multiprocessors: int) -> int:
+def best_width(
+    n: int, v: int, d: int, most: int, parts: int, wanted: tuple[bool, bool], multiprocessors: int, tight: bool = False
+) -> int:
     """Columns a run, at most `most` and a multiple of 256: those with which dZ and the products `wanted` (of e, of c)
-    end soonest.
+    end soonest. `tight`: of those widths whose last run is so full that all runs together have few columns more than v.
 
     Time is the depth of the tiles that one multiprocessor computes after another: `_BETWEEN` stands for the gaps
     between launches. Of equal times the widest run.
@@ -62,4 +64,5 @@ def best_width(n: int, v: int, d: int, most: int, parts: int, wanted: tuple[bool
         full, rest = divmod(v, width)
         return full * run(width) + (run(rest) if rest else 0)
 
-    return min(range(256, most + 1, 256), key=lambda width: (total(width), -width))
+    widths = [w for w in range(256, most + 1, 256) if not tight or -(-v // w) * w <= v + v // 32 + 256]
+    return min(widths, key=lambda width: (total(width), -width))
