@@ -17,7 +17,17 @@ from torch import Tensor
 from ..problem import Problem
 from .entry import entry
 from .heads import operand
-from .launch import Config, architecture, config_for, descriptor_fits, hopper_fits, multiprocessors, precision_of, tuned
+from .launch import (
+    Config,
+    architecture,
+    cdiv,
+    config_for,
+    descriptor_fits,
+    hopper_fits,
+    multiprocessors,
+    precision_of,
+    tuned,
+)
 from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, wide
 from .record import units_of
 from .terms import RowTerms
@@ -232,7 +242,7 @@ def write_dz(
         )
     else:
         config = tile_filter.config(run.c)
-    grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
+    grid = (cdiv(rows, config.m), cdiv(width, config.n))
     sums = torch.zeros((grid[0], width), dtype=torch.float32, device=e.device) if want_sums else None
     alive = torch.zeros(grid, dtype=torch.int32, device=e.device) if tile_filter is not None else None
     _launch(problem, e, run, terms, dz, dz_low, Outputs(sums, alive, None, chosen, active), tile_filter, config)
@@ -280,7 +290,7 @@ def _launch(
 
         launch_dz(problem, e, run, dz, dz_low, terms, outputs, config.group)
         return
-    units = triton.cdiv(rows, config.m) * triton.cdiv(width, config.n)
+    units = cdiv(rows, config.m) * cdiv(width, config.n)
     chosen = None if outputs.chosen is None else units_of(outputs.chosen, config.group)
     unused = terms.terms
     dz_kernel[(min(units, multiprocessors(e.device)),)](
@@ -328,9 +338,9 @@ def write_powers(
     """
     config = config_for("dz", c)
     if chosen is not None:
-        chosen = chosen[:, None].expand(-1, triton.cdiv(c.shape[0], config.n))
+        chosen = chosen[:, None].expand(-1, cdiv(c.shape[0], config.n))
     if stats is None:
-        stats = torch.empty((2, triton.cdiv(c.shape[0], config.n), e.shape[0]), dtype=torch.float32, device=e.device)
+        stats = torch.empty((2, cdiv(c.shape[0], config.n), e.shape[0]), dtype=torch.float32, device=e.device)
     _launch(problem, e, Run(0, c, None, None), terms, powers, None, Outputs(None, None, stats, chosen), None, config)
     return stats
 

@@ -19,7 +19,7 @@ from ..problem import Problem
 from .dz import store_tile
 from .entry import entry
 from .heads import operand
-from .launch import config_for, descriptor_fits, multiprocessors, precision_of
+from .launch import cdiv, config_for, descriptor_fits, multiprocessors, precision_of
 from .primitives import (
     DRAWN,
     INTERPRETED,
@@ -124,7 +124,7 @@ def members_drawn(seed: Tensor, count: int, share: int, first: int, over_columns
     groups = (first + count - 1) // share - first // share + 1
     out = torch.empty(groups, dtype=torch.int64, device=seed.device)
     stream, block = (1 if over_columns else 2), 256
-    members_kernel[(triton.cdiv(groups, block),)](seed, out, groups, share, count, first, STREAM=stream, BLOCK=block)
+    members_kernel[(cdiv(groups, block),)](seed, out, groups, share, count, first, STREAM=stream, BLOCK=block)
     return out
 
 
@@ -286,12 +286,12 @@ def write_filtered(
     """
     rows, width = e.shape[0], c.shape[0]
     config = config_for("dz", c)
-    blocks = triton.cdiv(rows, config.m)
+    blocks = cdiv(rows, config.m)
     sums = torch.empty((blocks, width), dtype=torch.float32, device=e.device) if want_sums else None
     tma = descriptor_fits(e) and descriptor_fits(c) and descriptor_fits(high)
     unused = terms.terms
     put = lambda x: operand(high if x is None else x, [config.m, config.n], tma)  # noqa: E731
-    filtered_kernel[(min(blocks * triton.cdiv(width, config.n), multiprocessors(e.device)),)](
+    filtered_kernel[(min(blocks * cdiv(width, config.n), multiprocessors(e.device)),)](
         operand(e, [config.m, config.k], tma),
         operand(c, [config.n, config.k], tma),
         unused if bias is None else bias,

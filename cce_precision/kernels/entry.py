@@ -48,7 +48,7 @@ def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(x, Tensor):
             found.append((x.dtype, x.data_ptr() & 15 == 0))
         elif type(x) is int:
-            found.append(1 if x == 1 else (x & 15 == 0, x.bit_length() >> 5, x < 0))
+            found.append(-1 if x == 1 else (x.bit_length() >> 5) << 2 | (x & 15 == 0) << 1 | (x < 0))
         elif type(x) is Tiles:
             found.append((x.base.dtype, x.block, id(x.layout)))
         elif type(x) is tuple:

@@ -17,7 +17,7 @@ from ..problem import Problem
 from .dz import Run, write_dz
 from .elements import DTYPES
 from .entry import entry
-from .launch import Config, architecture, hopper_fits, multiprocessors, precision_of
+from .launch import Config, architecture, cdiv, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
 from .schedule import WIDEST, best_width
 from .terms import RowTerms, TokensByTarget, clean_rows_into, label_rows, scale_into
@@ -129,8 +129,8 @@ def multiply_where(
     cuda = e.device.type == "cuda"
     config = config_of(str(e.dtype), architecture(e.device)) if cuda else Config(16, 32, 16, 4, 1, group=2)
     m, f = config.m, config.n
-    rows = triton.cdiv(width, m) + triton.cdiv(n, m)
-    products_kernel[(min(rows * triton.cdiv(d, f), multiprocessors(e.device)),)](
+    rows = cdiv(width, m) + cdiv(n, m)
+    products_kernel[(min(rows * cdiv(d, f), multiprocessors(e.device)),)](
         terms.terms if total_e is None else total_e,
         terms.terms if d_c is None else d_c,
         dz,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..problem import Heads, Plan, Problem
 from .entry import Tiles, entry
-from .launch import Config, descriptor_fits, hopper_fits, precision_of, tuned
+from .launch import Config, cdiv, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import (
     LN2,
     LOG2E,
@@ -307,7 +307,7 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, record: Tensor, config: 
         outputs = (partial, target_logit, bounds, record)
         launch_forward(problem, outputs, tiles_a_split, scale, threshold(problem, plan), config.group)
     else:
-        forward_kernel[(triton.cdiv(n, config.m) * splits,)](
+        forward_kernel[(cdiv(n, config.m) * splits,)](
             operand(e, [config.m, config.k], tma),
             operand(c, [config.n, config.k], tma),
             bias if bias is not None else partial,
@@ -337,7 +337,7 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, record: Tensor, config: 
             num_warps=config.warps,
             num_stages=config.stages,
         )
-    combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
+    combine_kernel[(cdiv(n, _COMBINE_ROWS),)](
         partial,
         place,
         split_weight,

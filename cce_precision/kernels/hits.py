@@ -25,7 +25,7 @@ from .elements import seed_words
 from .entry import entry
 from .heads import combine_kernel, operand, splits_of
 from .heads import forward as forward_heads
-from .launch import config_for, descriptor_fits, precision_of
+from .launch import cdiv, config_for, descriptor_fits, precision_of
 from .primitives import (
     DRAWN,
     INTERPRETED,
@@ -222,7 +222,7 @@ def _launch(
     tma = descriptor_fits(e) and descriptor_fits(c)
     partial, target_logit = (bounds, bounds) if outputs is None else outputs
     eps = filt.threshold(problem.operand_dtype)
-    hits_kernel[(triton.cdiv(n, config.m) * splits,)](
+    hits_kernel[(cdiv(n, config.m) * splits,)](
         operand(e, [config.m, config.k], tma),
         operand(c, [config.n, config.k], tma),
         bounds if bias is None else bias,
@@ -263,7 +263,7 @@ def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
     scale = math.log2(math.e) / problem.temperature
     partial, target_logit = new(2, splits, n), new(n)
     _launch(problem, filt, seed, _bounds(problem, filt, scale), words_of(problem, record), (partial, target_logit))
-    combine_kernel[(triton.cdiv(n, _COMBINE_ROWS),)](
+    combine_kernel[(cdiv(n, _COMBINE_ROWS),)](
         partial,
         heads.argmax,
         partial,

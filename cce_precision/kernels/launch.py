@@ -19,10 +19,12 @@ from torch import Tensor
 __all__ = [
     "Config",
     "architecture",
+    "cdiv",
     "config_for",
     "descriptor_fits",
     "hopper_fits",
     "multiprocessors",
+    "next_power_of_2",
     "precision_of",
     "tuned",
 ]
@@ -64,6 +66,16 @@ _CONFIGS: dict[str, dict[str, dict[int, Config]]] = {
         "sm_100": {2: Config(128, 256, 64, 8, 3, flatten=True), 4: Config(64, 64, 16, 8, 3)},
     },
 }
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is made for kernels and takes the host 5 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is at least x."""
+    return 1 << (x - 1).bit_length()
 
 
 @functools.cache

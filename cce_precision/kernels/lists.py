@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .entry import entry
 from .hits import BLOCK
-from .launch import config_for
+from .launch import cdiv, config_for, next_power_of_2
 from .primitives import wide
 
 __all__ = ["BATCH", "Lists", "counts_of", "lists_of"]
@@ -194,10 +194,10 @@ def lists_of(words: Tensor, c: Tensor, lse: Tensor, tokens: Tensor, blocks: Tens
         ROWS=64 if small else 256,
         BITS=bits,
         WIDTH=BLOCK,
-        UNITS=triton.next_power_of_2(triton.cdiv(n, BATCH)),
+        UNITS=next_power_of_2(cdiv(n, BATCH)),
     )
     height = 16
-    blocks_kernel[(triton.cdiv(n, height),)](
+    blocks_kernel[(cdiv(n, height),)](
         words,
         lse,
         row_starts,

@@ -31,7 +31,7 @@ from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
 from .dz import block_rows, write_powers
 from .entry import entry
-from .launch import descriptor_fits, hopper_fits, multiprocessors
+from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors, next_power_of_2
 from .primitives import wide
 from .schedule import WIDEST, best_width
 from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, scale_into
@@ -178,7 +178,7 @@ def fold_stats(stats: Tensor) -> tuple[Tensor, Tensor]:
     """(row sums, row maxima), (N,) each, of (2, column tiles, N)."""
     _, tiles, n = stats.shape
     odds, top = stats.new_empty(n), stats.new_empty(n)
-    fold_stats_kernel[(triton.cdiv(n, 32),)](stats, odds, top, n, tiles, ROWS=32, TILES=32)
+    fold_stats_kernel[(cdiv(n, 32),)](stats, odds, top, n, tiles, ROWS=32, TILES=32)
     return odds, top
 
 
@@ -279,7 +279,7 @@ class _Rows(NamedTuple):
 def _rows(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor) -> _Rows:
     """Of the tokens e (T, D) contiguous, ignored ones 0; fills their powers."""
     inside = targets >= 0
-    features = min(1024, triton.next_power_of_2(problem.d))
+    features = min(1024, next_power_of_2(problem.d))
     z_t = torch.empty(e.shape[0], dtype=torch.float32, device=e.device)
     c = problem.c
     target_logits_kernel[(e.shape[0],)](e, c, targets, z_t, problem.d, tuple(c.stride()), FEATURES=features)
@@ -293,8 +293,8 @@ def _rows(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor) -> _Rows
 
 def _finish_rows(problem: Problem, total: Tensor, chunk: slice, rows: _Rows) -> None:
     """total (T, D) fp32 = the gradients of the chunk's tokens, from the products of their powers."""
-    features, c = min(1024, triton.next_power_of_2(problem.d)), problem.c
-    finish_rows_kernel[(total.shape[0], triton.cdiv(problem.d, features))](
+    features, c = min(1024, next_power_of_2(problem.d)), problem.c
+    finish_rows_kernel[(total.shape[0], cdiv(problem.d, features))](
         total, c, problem.targets[chunk], rows.factor, rows.label, problem.d, tuple(c.stride()), FEATURES=features
     )
 
@@ -347,8 +347,8 @@ def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> _Rows:
     whole = _Rows(*map(torch.cat, zip(*found)))
     if left.sums_c.numel():
         values, order = torch.sort(targets, stable=True)
-        width = min(512, triton.next_power_of_2(d))
-        add_labels_kernel[(n, triton.cdiv(d, width))](
+        width = min(512, next_power_of_2(d))
+        add_labels_kernel[(n, cdiv(d, width))](
             left.sums_c, e, values, order, whole.label, n, d, TOKENS=16, FEATURES=width
         )
     return whole

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..problem import Plan, Problem
 from .entry import entry
-from .launch import config_for
+from .launch import cdiv, config_for, next_power_of_2
 from .primitives import LOG2E, cap, grouped, wide
 from .terms import matvec, weighted_sum
 
@@ -106,7 +106,7 @@ def first_bounds(problem: Problem, scale: float, jensen: bool = True) -> Tensor:
         tuple(c.stride()),
         float(problem.softcap or 1.0),
         scale,
-        FEATURES=min(1024, triton.next_power_of_2(problem.d)),
+        FEATURES=min(1024, next_power_of_2(problem.d)),
         FLAGS=(bias is not None, problem.softcap is not None, jensen),
     )
     return out
@@ -166,7 +166,7 @@ def candidates(
 ) -> list[Tensor]:
     """For each run a (row blocks, column tiles) int32 matrix: 1 where a tile of dZ may survive, or holds a target."""
     n, v, (tm, tn) = lse.shape[0], problem.v, tile
-    runs, blocks, most = triton.cdiv(v, width), triton.cdiv(n, tm), triton.cdiv(width, tn)
+    runs, blocks, most = cdiv(v, width), cdiv(n, tm), cdiv(width, tn)
     stride = blocks * most + 1  # the last entry of a run is spare
     alive = torch.empty((runs, stride), dtype=torch.int32, device=record.device)
     candidates_kernel[(blocks, most, runs)](
@@ -190,7 +190,7 @@ def candidates(
     here = (targets >= 0) & (targets < v)
     alive.view(-1).scatter_(0, run * stride + torch.where(here, place, stride - 1), 1)
     widths = [min(width, v - start) for start in range(0, v, width)]
-    return [row[: blocks * triton.cdiv(w, tn)].view(blocks, -1) for row, w in zip(alive, widths)]
+    return [row[: blocks * cdiv(w, tn)].view(blocks, -1) for row, w in zip(alive, widths)]
 
 
 @entry

@@ -17,7 +17,7 @@ from .elements import DTYPES
 from .entries import Entries, hit_values
 from .entry import entry
 from .hits import BLOCK
-from .launch import Config, precision_of
+from .launch import Config, cdiv, next_power_of_2, precision_of
 from .primitives import add_parts, round_to, wide
 from .terms import RowTerms, TokensByTarget, label_row
 
@@ -79,8 +79,8 @@ def finish_rows(
     """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, scaled
     and rounded once. Not done where entries.dense is 1.
     """
-    features = min(512, max(16, triton.next_power_of_2(problem.d)))
-    finish_rows_kernel[(problem.n, triton.cdiv(problem.d, features))](
+    features = min(512, max(16, next_power_of_2(problem.d)))
+    finish_rows_kernel[(problem.n, cdiv(problem.d, features))](
         out,
         terms.terms if base is None else base,
         problem.c,
@@ -199,8 +199,8 @@ def finish_blocks(
     """
     v, d, weight = problem.v, problem.d, problem.column_weight
     start, stop = (0, v) if run is None else run
-    features = min(BLOCKS.n * 2 // e.element_size(), max(16, triton.next_power_of_2(d)))
-    finish_blocks_kernel[(triton.cdiv(stop - start, BLOCK), triton.cdiv(d, features) if d_c is not None else 1)](
+    features = min(BLOCKS.n * 2 // e.element_size(), max(16, next_power_of_2(d)))
+    finish_blocks_kernel[(cdiv(stop - start, BLOCK), cdiv(d, features) if d_c is not None else 1)](
         terms.terms if d_c is None else d_c,
         terms.terms if bias_sums is None else bias_sums,
         terms.terms if base is None else base,

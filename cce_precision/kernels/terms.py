@@ -12,6 +12,7 @@ from torch import Tensor
 from ..numerics import power_of_two
 from ..problem import Heads, Plan, Problem, Upstream
 from .entry import entry
+from .launch import cdiv, next_power_of_2
 from .primitives import round_to, wide
 
 __all__ = [
@@ -135,7 +136,7 @@ def clean_rows_kernel(e, targets, out, active, d, stride_e, COLUMNS: tl.constexp
 def clean_rows_into(out: Tensor, problem: Problem, active: Tensor) -> Tensor:
     """out (N, D) contiguous = `clean_rows`, unless `active` (0-dim int32) is 0. Returns out."""
     e, width = problem.e, 1024
-    grid = (problem.n, triton.cdiv(problem.d, width))
+    grid = (problem.n, cdiv(problem.d, width))
     clean_rows_kernel[grid](e, problem.targets, out, active, problem.d, tuple(e.stride()), COLUMNS=width)
     return out
 
@@ -193,7 +194,7 @@ def label_rows(
     if out is None:
         out = torch.empty((problem.n, problem.d), dtype=torch.float32, device=problem.e.device)
     width = 1024
-    label_rows_kernel[(problem.n, triton.cdiv(problem.d, width))](
+    label_rows_kernel[(problem.n, cdiv(problem.d, width))](
         out,
         problem.c,
         problem.targets,
@@ -228,7 +229,7 @@ def scale_into(out: Tensor, unit: Tensor, factor: Tensor, active: Tensor | None 
     """out = unit (fp32) times factor (0-dim fp32), rounded once; all contiguous. Not done where `active` (0-dim int32)
     is 0.
     """
-    scale_kernel[(triton.cdiv(unit.numel(), 4096),)](
+    scale_kernel[(cdiv(unit.numel(), 4096),)](
         unit,
         factor,
         out,
@@ -305,8 +306,8 @@ def finish_columns(
 ) -> None:
     """out[start : start + W] = the sums plus the target's terms, minus weight x shift, scaled and rounded once."""
     width, d = total.shape
-    rows, columns = 4, min(512, triton.next_power_of_2(d))
-    finish_columns_kernel[(triton.cdiv(width, rows), triton.cdiv(d, columns))](
+    rows, columns = 4, min(512, next_power_of_2(d))
+    finish_columns_kernel[(cdiv(width, rows), cdiv(d, columns))](
         out,
         total,
         e,
@@ -366,11 +367,11 @@ def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
     atomics.
     """
     rows, d = x.shape
-    blocks = max(1, min(256, triton.cdiv(rows, 64)))
-    rows_a_block = triton.cdiv(triton.cdiv(rows, blocks), 16) * 16
+    blocks = max(1, min(256, cdiv(rows, 64)))
+    rows_a_block = cdiv(cdiv(rows, blocks), 16) * 16
     out = torch.empty((blocks, d), dtype=torch.float32, device=x.device)
     columns = 128
-    weighted_sum_kernel[(blocks, triton.cdiv(d, columns))](
+    weighted_sum_kernel[(blocks, cdiv(d, columns))](
         x,
         out if weight is None else weight,
         out,
@@ -402,7 +403,7 @@ def matvec(x: Tensor, vector: Tensor) -> Tensor:
     """x (R, D) times vector (D,) in fp32."""
     rows, d = x.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
-    matvec_kernel[(triton.cdiv(rows, 16),)](x, vector, out, rows, d, tuple(x.stride()), ROWS=16, COLUMNS=256)
+    matvec_kernel[(cdiv(rows, 16),)](x, vector, out, rows, d, tuple(x.stride()), ROWS=16, COLUMNS=256)
     return out
 
 

@@ -18,7 +18,7 @@ from ..numerics import Accumulation
 from .dz import TileFilter
 from .entry import entry
 from .heads import operand
-from .launch import descriptor_fits, hopper_fits, precision_of
+from .launch import cdiv, descriptor_fits, hopper_fits, next_power_of_2, precision_of
 from .primitives import kahan_add, load_tile, multiply_add, round_to
 
 __all__ = ["survivors", "tile_product"]
@@ -54,7 +54,7 @@ def survivors(alive: Tensor, least: int) -> tuple[Tensor, Tensor]:
     owners, walked = alive.shape
     places = torch.empty((owners, walked), dtype=torch.int32, device=alive.device)
     counts = torch.empty(owners, dtype=torch.int32, device=alive.device)
-    most = triton.next_power_of_2(walked)
+    most = next_power_of_2(walked)
     survivors_kernel[(owners,)](alive, places, counts, walked, least, *alive.stride(), WALKED=most)
     return places, counts
 
@@ -178,8 +178,8 @@ def tile_product(
         launch_tile_product(dz, other, places, counts, out, optional, scale, flags, kahan, transposed)
         return
     most = 64 if accum is Accumulation.KAHAN or dz.dtype is torch.float32 else 128  # what registers hold without spills
-    features = min(most, max(16, triton.next_power_of_2(d)))
-    tile_product_kernel[(counts.shape[0], triton.cdiv(d, features))](
+    features = min(most, max(16, next_power_of_2(d)))
+    tile_product_kernel[(counts.shape[0], cdiv(d, features))](
         operand(dz, [tm, tn], tma),
         operand(other, [tm if transposed else tn, features], tma),
         places,
