@@ -105,7 +105,9 @@ class Cost:
         return self.product * product + (self.logits_ps * n * v + self.width_ps * (n + v) * d) / 1e9 + self.fixed_ms
 
     def scratch_mib(self, n: int, v: int, d: int) -> float:
-        """Memory beyond inputs and gradients."""
+        """Memory beyond inputs and gradients; of the one-pass mode what its workspace must hold."""
+        if (workspace := self.workspace_mb(n, v, d)) is not None:
+            return workspace
         size = self.logits_bytes * n * v + self.classifier_bytes * v * d + self.embeddings_bytes * n * d
         return (size + self.vocabulary_bytes * v + self.fixed_bytes) / MIB
 
