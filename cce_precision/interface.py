@@ -121,6 +121,9 @@ def linear_cross_entropy(
             rounding errors of cce_exact; where the pass cannot promise it (`promise.filter_error`) its gradient is the
             exact one, decided on the device. Others raise.
         workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default (256 for impl="auto").
+            Where it holds them, cce_exact in bf16 keeps softmax powers and takes three products instead of four (mean
+            or sum of a plain loss): 2 N V bytes beside the gradients with fewer than 2 D tokens, else sums of 4 V D
+            bytes and 1,024 tokens' powers at least.
         seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a
             run.
         validate: whether to check the range of targets: True, False, or "auto" (only where it costs no
