@@ -11,8 +11,7 @@ The table (`data/costs.json`, written by `python -m cce_precision.analysis.choos
             intervals for one more problem, or the largest measured where that is more; of the loss the largest
 
 An error is a prediction, not a bound: it holds for heads like those. `analysis.choose.measured` looks at the very data.
-In float16 what a mean over N tokens leaves of dE and dC falls below the normal numbers: `choose` takes errors to grow
-with N; impl="auto" leaves that to the loss scale that training in float16 needs.
+In float16 a mean over N tokens underflows: `choose` takes errors to grow with N; impl="auto" counts on a loss scale.
 """
 
 from __future__ import annotations
@@ -106,21 +105,20 @@ class Cost:
 
     def scratch_mib(self, n: int, v: int, d: int) -> float:
         """Memory beyond inputs and gradients; of the one-pass mode what its workspace must hold."""
-        if (workspace := self.workspace_mb(n, v, d)) is not None:
-            return workspace
+        if self.one_pass:
+            return float(self.workspace_mb(n, v, d) or 0)
         size = self.logits_bytes * n * v + self.classifier_bytes * v * d + self.embeddings_bytes * n * d
         return (size + self.vocabulary_bytes * v + self.fixed_bytes) / MIB
 
     def workspace_mb(self, n: int, v: int, d: int, tokens: int = ONE_PASS_TOKENS) -> int | None:
-        """MiB in which the one-pass mode holds chunks of `tokens`, or the powers of all; None for a variant that asks
-        for no workspace."""
+        """MiB that one pass needs, by chunks of `tokens` or for the powers of all; None for other variants."""
         if not self.one_pass:
             return None
         token = 2 * v + 8 * (v // 256 + 1) + 2 * d
         size = 4 * v * d + 6 * n * d + token * 128 * math.ceil(min(n, tokens) / 128)
-        if n < 2 * d:
-            padded = 2 * (n + 127) * (v + v // 32 + 512)
-            size = min(size, padded + 16 * n * (v // 256 + 1) + 8 * n * d + (2 * v + 4 * min(v, 2**14)) * d)
+        if n < 2 * d:  # the powers of all, padded as one_pass.Runs does at most, and the gradients
+            kept = 2 * (n + 127) * (v + v // 32 + 512) + 16 * n * (v // 256 + 1)
+            size = min(size, kept + (8 * n + 2 * v + 4 * min(v, 2**14)) * d)
         return math.ceil(size / MIB)
 
 
