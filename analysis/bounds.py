@@ -32,7 +32,8 @@ from cce_precision.analysis.bounds_softmax import Blocks, Softmax
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages
 from cce_precision.analysis.references import Objective, Quantities
 from cce_precision.eager.tiles import block_shape, vocabulary_order
-from cce_precision.numerics import Path
+from cce_precision.kernels import one_pass_shapes
+from cce_precision.numerics import Path, unit_roundoff
 from cce_precision.problem import Plan, Problem
 
 __all__ = ["AMPERE", "CPU", "HOPPER", "INFLATION", "INTERPRETER", "MACHINES", "Call", "Machine", "bound"]
@@ -232,6 +233,25 @@ class Call:
             self.stages,
         )  # fmt: skip
 
+    def one_pass_excess(self) -> tuple[Tensor, Tensor]:
+        """What the one-pass mode of the kernels may err beyond two passes, (M, D) and (V, D); 0 where it is not taken.
+
+        It rounds powers where they round P (a P that is rounded exactly may come from one that is not), and for dC the
+        rows that the powers meet; powers below the normal range may be lost. All of it is rounded once more at the end.
+        """
+        e, c = self.problem.e.detach().double(), self.problem.c.detach().double()
+        more_e, more_c = e.new_zeros(len(self.valid), e.shape[1]), torch.zeros_like(c)
+        if self.machine.kernels is None or one_pass_shapes(self.problem, self.plan) is None:
+            return more_e, more_c
+        dtype, g = self.problem.operand_dtype, self.factors().nll.upper
+        u, tiny = unit_roundoff(dtype), torch.finfo(dtype).tiny
+        for block in self.rows():
+            p = block.softmax.p.upper.scatter(1, block.targets[:, None], 0.0)
+            factor, rows = g.expand(len(self.valid))[block.place][:, None], block.e.abs()
+            more_e[block.place] = factor * (u * (p @ c.abs()) + tiny * c.abs().sum(0))
+            more_c += (2 * u * (1 + u) * p + tiny).T @ (factor * rows)
+        return more_e * (1 + 2 * u), more_c * (1 + 2 * u)
+
     def quantities(self, seed: int, gradients: bool = True) -> Quantities:
         """What `bound` returns."""
         self.forward()
@@ -254,7 +274,8 @@ class Call:
         if gradients:
             g = self.gradients(torch.full((), seed, dtype=torch.int64, device=self.c.device))
             undo = torch.argsort(self.ids)
-            result |= {"dE": spread(g.d_e), "dC": g.d_c[undo], "dbias": g.d_bias[undo]}
+            more_e, more_c = self.one_pass_excess()
+            result |= {"dE": spread(g.d_e + more_e), "dC": g.d_c[undo] + more_c, "dbias": g.d_bias[undo]}
         allowed = {name: (x * INFLATION).nan_to_num(nan=math.inf, posinf=math.inf) for name, x in result.items()}
         return Quantities(**allowed)
 

@@ -109,7 +109,9 @@ def outputs(call: Call) -> dict[str, Tensor]:
     targets, weight = moved(call.targets, call.device), call.options["class_weight"]
     options = call.options | {"class_weight": None if weight is None else moved(weight, call.device)}
     result: Any = linear_cross_entropy(leaves[0], leaves[1], targets, bias, **options)
-    heads: dict[str, Tensor] = {"loss": result[0], "lse": result[1]}
+    if call.knobs.one_pass:
+        result = (result,)
+    heads: dict[str, Tensor] = dict(zip(("loss", "lse"), result))
     if call.knobs.use_entropy:
         heads["entropy"] = result[2]
     if "z_loss" in call.grads:

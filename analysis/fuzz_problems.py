@@ -61,6 +61,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What the one-pass mode takes: a plain loss of bf16.
+PLAIN: dict[str, Any] = {
+    "one_pass": True, "e_dtype": "bf16", "c_dtype": "same", "bias": None, "softcap": None, "temperature": 1.0,
+    "label_smoothing": 0.0, "class_weight": False, "use_lse": False, "use_entropy": False, "z_loss": False,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Knobs:
     """What a problem is like. The seed fills in all else."""
@@ -97,6 +104,7 @@ class Knobs:
     strided: bool = False  # e and c are views with other strides
     crowded: bool = False  # the kernels' lists of entries are made too short for what a filter keeps
     tolerance: float | None = None  # the pass filters where it can promise that error, else not at all
+    one_pass: bool = False  # the workspace and the call allow kernels the one-pass mode
 
     def to_json(self) -> str:
         return json.dumps(
@@ -163,7 +171,7 @@ def sensible(k: Knobs) -> Knobs:
     if k.class_weight and k.reduction == "mean":
         changes["z_loss"] = False  # its mean would have another denominator
     if k.pattern in ("straddle", "masked") and k.bias is None:
-        changes["bias"] = "fp32"
+        changes |= {"bias": "fp32", "one_pass": False}
     if k.pattern == "masked" and k.softcap is None:
         changes["label_smoothing"] = 0.0  # the smoothed loss of a masked class is infinite
     if k.bias == "fp32" and k.e_dtype == "fp64":
@@ -173,6 +181,9 @@ def sensible(k: Knobs) -> Knobs:
     both = k.filter_e_grad and k.filter_c_grad and k.filter_eps is not None
     if not (variant.by_element and both) or k.use_entropy:
         changes["tolerance"] = None
+    changes |= PLAIN if k.one_pass and k.impl == "cce_exact" else {"one_pass": False}
+    if changes["one_pass"] and k.reduction == "none":
+        changes["reduction"] = "sum"
     return dataclasses.replace(k, **changes)
 
 
@@ -225,6 +236,7 @@ def random_knobs(rng: random.Random, impls: Sequence[str]) -> Knobs:
             strided=rng.random() < 0.2,
             crowded=rng.random() < 0.3,
             tolerance=mostly(None, "tolerance", 0.3),
+            one_pass=rng.random() < 0.3,
         )
     )
 
@@ -358,12 +370,15 @@ def build(k: Knobs, backend: str = "auto", device: str = "cpu") -> Call:
         "tolerance": k.tolerance,
         "seed": k.seed,
         "backend": backend,
-        "return_lse": True,
+        "return_lse": not k.one_pass,
         "return_entropy": k.use_entropy,
+        "workspace_mb": 1024 if k.one_pass else None,
     }
     smooth_weight = weight if k.label_smoothing else None
     problem = Problem(e.reshape(-1, k.d), c, paired, bias, smooth_weight, k.softcap, k.temperature)
     plan = Plan(variant, k.softcap, k.temperature, k.use_entropy, k.label_smoothing > 0, backend=backend)
+    if k.one_pass:
+        plan = dataclasses.replace(plan, workspace_mb=1024, one_pass=(True, True, False))
     return Call(k, e, c, targets, bias, options, grads, problem, plan, objective, counted.reshape(-1), device)
 
 

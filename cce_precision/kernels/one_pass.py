@@ -357,7 +357,10 @@ def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> _Rows:
 def finished(
     problem: Problem, left: Unfinished, factor: Tensor, need: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dE, dC) in the dtypes of e and c: what `forward_one_pass` left times factor (0-dim fp32), each rounded once."""
+    """(dE, dC) in the dtypes of e and c: what `forward_one_pass` left times factor (0-dim fp32), each rounded once; 0
+    where no token counts, whose mean has no finite factor.
+    """
+    factor = torch.where((problem.targets >= 0).any(), factor, 0.0)
     d_e, d_c = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
         for x, wanted in zip((problem.e, problem.c), need)
