@@ -41,7 +41,7 @@ from cce_precision.analysis.report_answers import (
     subject_lines,
     views,
 )
-from cce_precision.analysis.report_compare import Change, changed, load, said
+from cce_precision.analysis.report_compare import Change, changed, load, said, unmeasured
 from cce_precision.analysis.sweep import Cell, Engine, Failure, Sweep
 from cce_precision.numerics import Path as CodePath
 from cce_precision.variants import ALL
@@ -199,7 +199,7 @@ def run(
         changes = None if against is None else changed(against, outcome.table)
         page = build(outcome.table, out, outcome.failures, notes, changes)
         console.print(f"{page} ({len(outcome.table)} rows in {out / 'results.parquet'})")
-        grown = said(changes, console)
+        grown = said(changes, console, 0 if against is None else unmeasured(against, outcome.table))
     for failure in outcome.failures:
         console.print(f"no result: {failure.cell}: {failure.reason}", markup=False)
     return 1 if outcome.failures or grown else 0
@@ -213,7 +213,7 @@ def redraw(out: Path, console: Console, against: pd.DataFrame | None = None) -> 
     table = pd.read_parquet(file)
     changes = None if against is None else changed(against, table)
     console.print(str(build(table, out, changes=changes)))
-    return int(said(changes, console))
+    return int(said(changes, console, 0 if against is None else unmeasured(against, table)))
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from cce_precision.analysis.figures import power
 from cce_precision.analysis.report_answers import number
 from cce_precision.analysis.sweep import COLUMNS
 
-__all__ = ["Change", "changed", "load", "said"]
+__all__ = ["Change", "changed", "load", "said", "unmeasured"]
 
 CALL = ["case", "stage", "variant", "dtype", "n", "v", "d", "eps", "seed", "quantity"]
 
@@ -83,8 +83,15 @@ def changed(before: pd.DataFrame, after: pd.DataFrame) -> list[Change]:
     return sorted(found, key=lambda c: (not c.grown, not c.fallen, -c.factor))
 
 
-def said(changes: Sequence[Change] | None, console: Console) -> bool:
-    """Prints what changed; whether an error has grown, or the tables hold no error in common, which shows nothing."""
+def unmeasured(before: pd.DataFrame, after: pd.DataFrame) -> int:
+    """How many errors of the older table the newer lacks."""
+    return len(_errors(before).index.difference(_errors(after).index))
+
+
+def said(changes: Sequence[Change] | None, console: Console, missing: int = 0) -> bool:
+    """Prints what changed, and how many errors are `missing`. Whether an error has grown, or the tables hold none in
+    common, which shows nothing.
+    """
     if changes is None:
         return False
     if not changes:
@@ -102,4 +109,6 @@ def said(changes: Sequence[Change] | None, console: Console) -> bool:
         console.print(table)
     alike = len(changes) - len(grown) - len(fallen)
     console.print(f"errors in both tables: {len(changes)}; grown: {len(grown)}; fallen: {len(fallen)}; alike: {alike}")
+    if missing:
+        console.print(f"errors of the earlier table that were not measured now: {missing}")
     return bool(grown)

@@ -288,6 +288,17 @@ def test_what_changed_is_said(factor: float, grown: bool, capsys: pytest.Capture
     assert "errors in both tables: 90" in said and ("captured trained bf16 cce_exact" in said) == (factor != 1)
 
 
+def test_errors_that_were_left_out_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A variant that is no longer measured cannot have grown, and is not passed over in silence."""
+    before, after = made_up_table(), made_up_table()
+    after = after[after["variant"] != "cce_exact"]
+    missing = report_compare.unmeasured(before, after)
+    errors = before[(before["metric"] == "rel") & (before["variant"] == "cce_exact")]
+    assert missing == len(errors) > 0 == report_compare.unmeasured(before, before)
+    report_compare.said(report_compare.changed(before, after), Console(width=160), missing)
+    assert f"not measured now: {missing}" in capsys.readouterr().out
+
+
 def test_tables_without_a_common_error_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Of other tokens, say: a gate that compares nothing must not pass."""
     assert report_compare.said(report_compare.changed(made_up_table().assign(n=9), made_up_table()), Console(width=160))
