@@ -165,6 +165,15 @@ def test_the_lists_lie_in_the_workspace_and_hold_everything_where_it_fits() -> N
     assert filtered.capacities(5, 7, 10**6) == (35, 35 * 16)
 
 
+def test_the_lists_hold_no_more_than_is_worth_its_while() -> None:
+    """One hit in 16 blocks, and what the default workspace holds; less where the workspace holds less."""
+    n, blocks = 8192, 8192
+    default, _ = filtered.capacities(n, blocks, filtered.DEFAULT_WORKSPACE_MB * 2**20)
+    held = [filtered.capacities(n, blocks, megabytes * 2**20)[0] for megabytes in (20, 80, 120, 1024, 4096)]
+    assert held[0] < default == held[1] < held[2] < held[3] == held[4] == n * blocks // 16
+    assert filtered.capacities(512, 100, 2**20)[0] > 512 * 100 // 16  # few: the default would hold them all
+
+
 def test_dz_of_a_run_lies_beside_what_the_run_writes() -> None:
     n, v, d = 3, 5000, 20
     pool, d_c = torch.zeros(n * 300 * 4, dtype=torch.uint8), torch.zeros(v, d)

@@ -43,6 +43,7 @@ __all__ = ["backward_filtered", "capacity", "occupancy"]
 DEFAULT_WORKSPACE_MB = 80  # with the record at N = 8192, V = 256000 less than 128 MB
 TAIL_SHARE = 8  # an eighth of the workspace is for a subset filter's last columns of dC
 MOST_HITS = 2**26  # entries are numbered by int32
+WORTH_IT = 16  # blocks for each hit: with more hits the exact way is the faster one (on an H200 from some 13 on)
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -108,11 +109,14 @@ def sparse_size(problem: Problem, plan: Plan) -> int:
 
 
 def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
-    """(hits, kept entries) that `size` bytes hold, at one and a half entries a hit; at most all that there can be."""
-    every = n * blocks
+    """(hits, kept entries) that `size` bytes hold, at one and a half entries a hit; at most all that there can be, and
+    beyond what the default workspace holds no more than are worth their while.
+    """
+    every, a_hit = n * blocks, Buffers.A_HIT + Buffers.AN_ENTRY * 3 // 2
     if every * (Buffers.A_HIT + BLOCK * Buffers.AN_ENTRY) + 4 <= size:
         return every, every * BLOCK
-    hits = min(every, (size - 4) // (Buffers.A_HIT + Buffers.AN_ENTRY * 3 // 2), MOST_HITS)
+    most = max(every // WORTH_IT, DEFAULT_WORKSPACE_MB * 2**20 // a_hit)
+    hits = min(every, (size - 4) // a_hit, most, MOST_HITS)
     return hits, hits * 3 // 2
 
 
