@@ -236,7 +236,7 @@ def test_one_pass_of_the_interface(monkeypatch: pytest.MonkeyPatch, kept: bool, 
         one_pass, "keeps_powers", lambda problem, plan: kept and bool(plan.one_pass and plan.one_pass[1])
     )
     monkeypatch.setattr(one_pass, "tokens_a_chunk", lambda problem, plan: 16)
-    base = problem_of(40, 100, 24, torch.bfloat16)
+    base = problem_of(24, 40, 16, torch.bfloat16)
     found = []
     for workspace_mb in (1024, None):
         e, c = (x.clone().requires_grad_(name != frozen) for name, x in (("e", base.e), ("c", base.c)))

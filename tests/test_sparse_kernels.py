@@ -133,7 +133,7 @@ def test_with_full_lists_the_gradient_is_exact(
 @pytest.mark.parametrize("lists", [(3, 4), (150, 4)], ids=["hits", "entries"])
 def test_a_promise_reads_no_list_that_is_full(lists: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written to lists that are full; what then stands there as columns would be far outside."""
-    problem, plan = exact_problem(4, 800, 16), Plan(variants.get("cce_unbiased").with_eps(EPS), tolerance=1e-3)
+    problem, plan = exact_problem(4, 160, 16), Plan(variants.get("cce_unbiased").with_eps(EPS), tolerance=1e-3)
     monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
     seen, original = overflow(monkeypatch, *lists), filtered.entries_of
 
