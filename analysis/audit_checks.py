@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce_precision.analysis.audit_snippets import Form
+from cce_precision.analysis.audit_snippets import Form, related
 from cce_precision.analysis.audit_targets import CAREFUL, Target
 from cce_precision.analysis.audit_trials import (
     GRADIENTS,
@@ -211,43 +211,45 @@ def relations(subject: Subject, trial: Trial) -> Iterator[Finding]:
     whole = run(subject, trial)
     exact, allowed = exact_and_allowed(subject, trial, subject.target.variant)
 
-    def related(name: str, quantity: str, other: Tensor | None) -> Finding:
+    def judged(name: str, quantity: str, other: Tensor | None) -> Finding:
         mine, within = whole[quantity], 2 * (getattr(allowed, quantity) + getattr(exact.radius, quantity))
         if mine is None or other is None:
             return Finding(trial, f"{name}: {quantity}", math.inf, 0.0, 0.0, 0.0, math.inf, "the gradient is None")
         if quantity == "value":  # both are rounded to the dtype of the loss
             within = within + 2 * unit_roundoff(mine.dtype) * mine.abs().double()
         f = finding(trial, quantity, other, mine.double(), within)
-        return dataclasses.replace(f, quantity=f"{name}: {quantity}")
+        text = related(subject, trial, name, quantity, f.allowed)
+        return dataclasses.replace(f, quantity=f"{name}: {quantity}", assertion=text)
 
     tensors = trial.tensors(subject.device)
     negated = {name: tensors[name].detach().neg().requires_grad_() for name in ("e", "c")}
     other = run(subject, trial, negated | {"targets": tensors["targets"]})
-    yield related("negated", "value", other["value"])
+    yield judged("negated", "value", other["value"])
     for name in ("dE", "dC"):
         g = other[name]
-        yield related("negated", name, None if g is None else -g)
+        yield judged("negated", name, None if g is None else -g)
 
     first, second = (run(subject, trial, part) for part in _halves(trial, tensors))
     values, d_e, d_c = ([part[name] for part in (first, second)] for name in ("value", "dE", "dC"))
-    yield related("in two parts", "value", values[0].double() + values[1].double())  # type: ignore[union-attr]
+    yield judged("in two parts", "value", values[0].double() + values[1].double())  # type: ignore[union-attr]
     if None not in d_e and None not in d_c:
-        yield related("in two parts", "dE", torch.cat(d_e))  # type: ignore[arg-type]
+        yield judged("in two parts", "dE", torch.cat(d_e))  # type: ignore[arg-type]
         total = d_c[0].double() + d_c[1].double()  # type: ignore[union-attr]
-        yield related("in two parts", "dC", total)
+        yield judged("in two parts", "dC", total)
 
     order = torch.randperm(trial.v, generator=torch.Generator().manual_seed(1)).to(subject.device)
     moved = {"e": tensors["e"].detach(), "c": tensors["c"].detach()[order]}
     moved = {name: x.clone().requires_grad_() for name, x in moved.items()}
     other = run(subject, trial, moved | {"targets": torch.argsort(order)[tensors["targets"]]})
-    yield related("classes in another order", "value", other["value"])
-    yield related("classes in another order", "dE", other["dE"])
+    yield judged("classes in another order", "value", other["value"])
+    yield judged("classes in another order", "dE", other["dE"])
 
     got = whole["dC"]
     if got is not None:
         zero = torch.zeros(trial.d, dtype=torch.float64)
         f = finding(trial, "dC", got.double().sum(0), zero, (allowed.dC + exact.radius.dC).sum(0))
-        yield dataclasses.replace(f, quantity="sum of dC over classes")
+        text = f"assert c.grad.double().sum(0).norm() <= {f.allowed:.3g}"
+        yield dataclasses.replace(f, quantity="sum of dC over classes", assertion=text)
 
 
 def mutants(subject: Subject, trial: Trial) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, Finding, Subject, Trial
 
-__all__ = ["Form", "snippet"]
+__all__ = ["Form", "related", "snippet"]
 
 
 class Form(NamedTuple):
@@ -44,9 +44,43 @@ def snippet(
         check = [found.assertion]
     elif found.quantity == "value" or found.quantity in GRADIENTS:
         check = ["", *_exact(trial, found.quantity), *_assertion(found)]
-    else:  # a relation between calls has no snippet
+    else:  # a mutant has no program
         return ""
     return "\n".join(head + body + check) + "\n"
+
+
+# What other calls give, and what the loss and each gradient must be by them.
+_RELATIONS: dict[str, tuple[str, dict[str, str]]] = {
+    "negated": ("other = again(-e, -c, targets)", {"value": "other[0]", "dE": "-other[1]", "dC": "-other[2]"}),
+    "in two parts": (
+        "first, second = again(e[:{cut}], c, targets[:{cut}]), again(e[{cut}:], c, targets[{cut}:])",
+        {"value": "first[0] + second[0]", "dE": "torch.cat((first[1], second[1]))", "dC": "first[2] + second[2]"},
+    ),
+    "classes in another order": (
+        "order = torch.randperm({v}, generator=torch.Generator().manual_seed(1)).to(c.device)\n"
+        "other = again(e, c[order], torch.argsort(order)[targets])",
+        {"value": "other[0]", "dE": "other[1]"},
+    ),
+}
+
+
+def related(subject: Subject, trial: Trial, name: str, quantity: str, allowed: float) -> str:
+    """The assertion of a relation between calls, as `audit_checks.relations` names it, for `Finding.assertion`."""
+    mine = {"value": "loss.detach()", "dE": "e.grad", "dC": "c.grad"}[quantity] + ".double()"
+    calls, exact = _RELATIONS[name]
+    return f"""
+
+def again(e, c, targets):
+    e, c = (x.detach().clone().requires_grad_() for x in (e, c))
+    loss = {subject.target.text(trial.options())}
+    {trial.backward_text}
+    return loss.detach().double(), e.grad.double(), c.grad.double()
+
+
+{calls.format(cut=trial.n // 2, v=trial.v)}
+error = ({mine} - ({exact[quantity]})).norm()
+print(f"apart by {{error:.3g}}; two careful calls stay below {allowed:.3g}")
+assert error <= {allowed:.3g}"""
 
 
 def _exact(trial: Trial, quantity: str) -> list[str]:

@@ -110,6 +110,23 @@ def test_a_snippet_calls_as_its_check_does() -> None:
     assert f'torch.compile(lambda e, c, targets, bias: {call}, backend="aot_eager")(e, c, targets, bias)' in text
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_relation_between_calls_has_a_snippet(dtype: str) -> None:
+    """Which holds for what is right, and fails where another call goes wrong."""
+    subject, trial = Subject(broken("correct"), "cpu"), Trial(n=7, v=5, d=3, dtype=dtype, reduction="sum")
+    found = list(CHECKS["relations"].measure(subject, trial))
+    assert len(found) == 9
+    for f in found:
+        text = snippet(subject, trial, "they differ", f)
+        exec(text, {})
+        if "def again" in text:
+            wrong = text.replace(
+                "return loss.detach().double(), e.grad.double(), c.grad.double()", "return 0, 0 * e, 0 * c"
+            )
+            with pytest.raises(AssertionError):
+                exec(text.replace(right, "return 0, 0 * e, 0 * c"), {})
+
+
 def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
     assert auditing._reproduced("pass\n", "AssertionError") == ""
     assert auditing._reproduced("assert False\n", "AssertionError") == "assert False\n"
