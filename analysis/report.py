@@ -199,7 +199,7 @@ def run(
         changes = None if against is None else changed(against, outcome.table)
         page = build(outcome.table, out, outcome.failures, notes, changes)
         console.print(f"{page} ({len(outcome.table)} rows in {out / 'results.parquet'})")
-        grown = said(changes, console, 0 if against is None else unmeasured(against, outcome.table))
+        grown = said(changes, console, unmeasured(against, outcome.table))
     for failure in outcome.failures:
         console.print(f"no result: {failure.cell}: {failure.reason}", markup=False)
     return 1 if outcome.failures or grown else 0
@@ -213,7 +213,7 @@ def redraw(out: Path, console: Console, against: pd.DataFrame | None = None) -> 
     table = pd.read_parquet(file)
     changes = None if against is None else changed(against, table)
     console.print(str(build(table, out, changes=changes)))
-    return int(said(changes, console, 0 if against is None else unmeasured(against, table)))
+    return int(said(changes, console, unmeasured(against, table)))
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ def changed(before: pd.DataFrame, after: pd.DataFrame) -> list[Change]:
     return sorted(found, key=lambda c: (not c.grown, not c.fallen, -c.factor))
 
 
-def unmeasured(before: pd.DataFrame, after: pd.DataFrame) -> int:
-    """How many errors of the older table the newer lacks."""
-    return len(_errors(before).index.difference(_errors(after).index))
+def unmeasured(before: pd.DataFrame | None, after: pd.DataFrame) -> int:
+    """How many errors of the older table the newer lacks; 0 without an older one."""
+    return 0 if before is None else len(_errors(before).index.difference(_errors(after).index))
 
 
 def said(changes: Sequence[Change] | None, console: Console, missing: int = 0) -> bool:

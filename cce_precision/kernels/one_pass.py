@@ -81,29 +81,29 @@ def _by_hopper(problem: Problem) -> bool:
     return hopper_fits(problem.c, True) and problem.d % 8 == 0
 
 
-def _fits(problem: Problem, plan: Plan) -> bool:
-    """Whether one pass computes this call at all."""
+def _room(problem: Problem, plan: Plan) -> int | None:
+    """Bytes of the workspace; None where one pass does not compute this call in any."""
     variant = plan.variant
     plain = problem.bias is None and problem.softcap is None and problem.temperature == 1.0
     heads = plan.want_entropy or plan.want_smooth or plan.want_argmax
     exact = variant.label_apart and not variant.filtered and variant.operand is Operand.INPUT
     bf16 = problem.operand_dtype is torch.bfloat16
-    return plain and exact and bf16 and not heads and plan.workspace_mb is not None and problem.n > 0
+    fits = plain and exact and bf16 and not heads and problem.n > 0
+    return plan.workspace_mb * 2**20 if fits and plan.workspace_mb is not None else None
 
 
 def keeps_powers(problem: Problem, plan: Plan) -> bool:
     """Whether the powers of all tokens wait for the backward pass: dC is wanted, sums of it would take more memory, and
     the workspace holds them beside the gradients.
     """
-    if not _fits(problem, plan) or plan.workspace_mb is None or not (plan.one_pass and plan.one_pass[1]):
-        return False
-    if problem.n >= 2 * problem.d:
+    room, need_c = _room(problem, plan), plan.one_pass is not None and plan.one_pass[1]
+    if room is None or not need_c or problem.n >= 2 * problem.d:
         return False
     n, v, d, runs = problem.n, problem.v, problem.d, Runs.of(problem)
     sums = 4 * d * min(v, WIDEST) if _by_library(problem) else 0
     backward = 6 * n * d + sums + 2 * (n + v) * d
     forward = 2 * n * d + 16 * n * (v // 256 + 1)
-    return 2 * runs.count * runs.rows * runs.columns + max(forward, backward) <= plan.workspace_mb * 2**20
+    return 2 * runs.count * runs.rows * runs.columns + max(forward, backward) <= room
 
 
 def _by_library(problem: Problem) -> bool:
@@ -114,12 +114,12 @@ def tokens_a_chunk(problem: Problem, plan: Plan) -> int | None:
     """Tokens a chunk, or None where one pass by chunks does not fit the call or the workspace that it allows beside the
     gradients.
     """
-    if not _fits(problem, plan) or plan.workspace_mb is None:
+    if (room := _room(problem, plan)) is None:
         return None
     n, v, d = problem.n, problem.v, problem.d
     fixed = 4 * v * d + 6 * n * d
     token = 2 * v + 8 * (v // 256 + 1) + 2 * d
-    most = (plan.workspace_mb * 2**20 - fixed) // token // 128 * 128
+    most = (room - fixed) // token // 128 * 128
     if most < min(n, _FEWEST_TOKENS):
         return None
     chunks = -(-n // most)
@@ -381,7 +381,7 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
     e, runs = clean_rows(problem), Runs.of(problem)
     rows = (e * left.factor[:, None]).to(c.dtype)
     total = torch.zeros((n, d) if need_e else 0, dtype=torch.float32, device=e.device)
-    segments = TokensByTarget.of(problem.targets, v)
+    segments = None if d_c is None else TokensByTarget.of(problem.targets, v)
     terms = _plain_terms(problem.targets, left.label, left.label, factor)
     library = _by_library(problem)
     sums = torch.empty((min(v, WIDEST), d) if library and d_c is not None else 0, dtype=torch.float32, device=e.device)
@@ -390,18 +390,19 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
         run = slice(start, min(start + width, v))
         powers = left.powers.view(runs.count, runs.rows, runs.columns)[start // runs.columns, :n]
         powers = powers[:, start % runs.columns :][:, : run.stop - start]
-        if library:
-            if need_e:
-                accumulate_product(total, powers, c[run], False)
-            if d_c is not None:
-                accumulate_product(sums[: run.stop - start], powers.T, rows, True)
-                finish_columns(d_c, sums[: run.stop - start], start, e, terms, segments, None, None, None)
-            continue
-        from .hopper_product import Columns, Labels, add_products
+        if not library:
+            from .hopper_product import Columns, Labels, add_products
 
-        labels = Labels(e, problem.targets, left.label, segments)
-        columns = None if d_c is None else Columns(d_c[run], factor, labels, start)
-        add_products([powers], rows, c[run], columns, total if need_e else None)
+            columns = None
+            if d_c is not None and segments is not None:
+                columns = Columns(d_c[run], factor, Labels(e, problem.targets, left.label, segments), start)
+            add_products([powers], rows, c[run], columns, total if need_e else None)
+            continue
+        if need_e:
+            accumulate_product(total, powers, c[run], False)
+        if d_c is not None:
+            accumulate_product(sums[: run.stop - start], powers.T, rows, True)
+            finish_columns(d_c, sums[: run.stop - start], start, e, terms, segments, None, None, None)
     if need_e:
         _finish_rows(problem, total, slice(0, n), _Rows(left.label, left.label, left.label, left.factor))
     return total
