@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, Machine, bound
@@ -42,6 +42,8 @@ class Place:
 
     rank: int
     pair: distributed.ProcessGroup
+    device: str = "cpu"
+    world: int = WORLD
 
     @property
     def rank_of_pair(self) -> int:
@@ -323,18 +325,22 @@ def _start(backend: str, rank: int, world: int, folder: str) -> None:
     )
 
 
-def run(rank: int, folder: str, names: list[str]) -> None:
-    """One of WORLD processes: runs the cases and stores what they return."""
+def run(rank: int, folder: str, names: list[str], device: str = "cpu", world: int = WORLD) -> None:
+    """One of `world` processes, each with a GPU of its own where device is "cuda": runs the cases and stores what they
+    return."""
     from tests import parallel_placements  # noqa: F401  (its cases)
 
     torch.set_num_threads(1)
-    _start("gloo", rank, WORLD, folder)
-    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
-    place = Place(rank, pairs[rank // 2])
+    if device != "cpu":
+        torch.cuda.set_device(rank)
+        device = f"cuda:{rank}"
+    _start("gloo" if device == "cpu" else "nccl", rank, world, folder)
+    pairs = [distributed.new_group([i, i + 1]) for i in range(0, world, 2)]
+    place = Place(rank, pairs[rank // 2], device, world)
     results = {}
     for name in names:
         torch.manual_seed(rank)
-        results[name] = CASES[name](place)
+        results[name] = tree_map_only(Tensor, Tensor.cpu, CASES[name](place))
     torch.save(results, Path(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
 

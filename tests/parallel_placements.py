@@ -1,4 +1,5 @@
-"""DTensor arguments and FSDP2 under gloo: cases of tests/test_parallel.py, and what they must give."""
+"""DTensor arguments and FSDP2: cases of tests/test_parallel.py under gloo and of tests/test_parallel_gpu.py under NCCL,
+and what they must give."""
 
 from __future__ import annotations
 
@@ -10,24 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from cce_precision import linear_cross_entropy
+from cce_precision.analysis.bounds import CPU, Machine
 from cce_precision.analysis.bounds_parallel import parallel_bound
+from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import Call, Knobs, build
 from cce_precision.analysis.references import Quantities, magnitudes, truth
 from cce_precision.numerics import unit_roundoff
-from tests.parallel_cases import WORLD, Place, case
+from tests.parallel_cases import Place, case
 
 # (batch, tokens, D) = (4, 7, 8): neither the vocabulary nor the tokens are multiples of the processes
 KNOBS = Knobs(seed=11, n=28, v=50, d=8, batch=4, e_dtype="fp32", bias="fp32", ignored="some", scale=3.0, margin=4.0)
-PLACEMENTS = {  # mesh, placements of e, of c and bias
-    "rows": ((WORLD,), "R", "S0"),
-    "rows, sequence": ((WORLD,), "S1", "S0"),
-    "rows, batch": ((WORLD,), "S0", "S0"),
-    "sequence": ((WORLD,), "S1", "R"),
-    "batch": ((WORLD,), "S0", "R"),
-    "nothing": ((WORLD,), "R", "R"),
-    "batch and rows": ((2, 2), "S0 R", "R S0"),
-    "batch and sequence, rows": ((2, 2), "S0 S1", "R S0"),
+ONE_DIMENSION = {  # placements of e, of c and bias
+    "rows": ("R", "S0"),
+    "rows, sequence": ("S1", "S0"),
+    "rows, batch": ("S0", "S0"),
+    "sequence": ("S1", "R"),
+    "batch": ("S0", "R"),
+    "nothing": ("R", "R"),
 }
+TWO_DIMENSIONS = {"batch and rows": ("S0 R", "R S0"), "batch and sequence, rows": ("S0 S1", "R S0")}
+SQUARES = {2: {"2 x 1": (2, 1), "1 x 2": (1, 2)}, 4: {"2 x 2": (2, 2)}}  # meshes of two dimensions, by processes
+
+
+def placements_of(world: int) -> dict[str, tuple[tuple[int, ...], str, str]]:
+    """By name: a mesh of that many processes, placements of e, and of c and bias."""
+    line: dict[str, tuple[tuple[int, ...], str, str]] = {
+        name: ((world,), *both) for name, both in ONE_DIMENSION.items()
+    }
+    for square, shape in SQUARES[world].items():
+        line |= {f"{name}, {square}": (shape, *both) for name, both in TWO_DIMENSIONS.items()}
+    return line
 
 
 def _placements(text: str) -> list[Any]:
@@ -36,10 +49,10 @@ def _placements(text: str) -> list[Any]:
     return [Replicate() if word == "R" else Shard(int(word[1:])) for word in text.split()]
 
 
-def _mesh(shape: Sequence[int]) -> Any:
+def _mesh(place: Place, shape: Sequence[int]) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", tuple(shape))
+    return init_device_mesh(torch.device(place.device).type, tuple(shape))
 
 
 def _distributed(x: Tensor, mesh: Any, placements: list[Any]) -> Any:
@@ -51,9 +64,9 @@ def _distributed(x: Tensor, mesh: Any, placements: list[Any]) -> Any:
 @case
 def placements(place: Place) -> dict[str, dict[str, Tensor]]:
     """Loss, lse and whole gradients of one problem under each kind of placement."""
-    call, results = build(KNOBS), {}
-    meshes = {shape: _mesh(shape) for shape in {shape for shape, _, _ in PLACEMENTS.values()}}
-    for name, (shape, of_e, of_c) in PLACEMENTS.items():
+    call, results, ways = build(KNOBS, device=place.device), {}, placements_of(place.world)
+    meshes = {shape: _mesh(place, shape) for shape in dict.fromkeys(shape for shape, _, _ in ways.values())}
+    for name, (shape, of_e, of_c) in ways.items():
         mesh = meshes[shape]
         assert call.bias is not None
         e = _distributed(call.e, mesh, _placements(of_e))
@@ -74,14 +87,25 @@ FEATURES = dataclasses.replace(
 )  # fmt: skip
 
 
+def features(world: int, kernels: bool) -> dict[str, Knobs]:
+    """What `placed_features` runs: under each of some placements one impl. Smoothing under a softcap has a kernel only
+    without a filter."""
+    impls = ("cce_unbiased", "cce_exact", "cce_split")
+    names = ("rows, sequence", "sequence", f"batch and rows, {next(iter(SQUARES[world]))}")
+    chosen = {name: dataclasses.replace(FEATURES, impl=impl) for name, impl in zip(names, impls)}
+    if kernels:
+        chosen[names[0]] = dataclasses.replace(chosen[names[0]], softcap=None)
+    return chosen
+
+
 @case
 def placed_features(place: Place) -> dict[str, dict[str, Tensor]]:
-    """The same with every option that looks at tokens or columns, one impl each."""
+    """The same with every option that looks at tokens or columns."""
     results = {}
-    for name, impl in zip(("rows, sequence", "sequence", "batch and rows"), ("cce_unbiased", "cce_exact", "cce_split")):
-        call = build(dataclasses.replace(FEATURES, impl=impl))
-        shape, of_e, of_c = PLACEMENTS[name]
-        mesh = _mesh(shape)
+    for name, knobs in features(place.world, place.device != "cpu").items():
+        call = build(knobs, device=place.device)
+        shape, of_e, of_c = placements_of(place.world)[name]
+        mesh = _mesh(place, shape)
         e = _distributed(call.e, mesh, _placements(of_e))
         c, bias = (_distributed(x, mesh, _placements(of_c)) for x in (call.c, call.bias) if x is not None)
         out: Any = linear_cross_entropy(e, c, call.targets, bias, return_argmax=True, **call.options)
@@ -93,9 +117,10 @@ def placed_features(place: Place) -> dict[str, dict[str, Tensor]]:
     return results
 
 
-def parts() -> list[Call]:
+def parts(world: int, device: str = "cpu") -> list[Call]:
     """A problem for each process, with one classifier."""
-    calls = [build(dataclasses.replace(KNOBS, batch=1, n=9, bias=None, seed=20 + rank)) for rank in range(WORLD)]
+    knobs = [dataclasses.replace(KNOBS, batch=1, n=9, bias=None, seed=20 + rank) for rank in range(world)]
+    calls = [build(k, device=device) for k in knobs]
     c = calls[0].c
     return [dataclasses.replace(call, c=c, problem=dataclasses.replace(call.problem, c=c)) for call in calls]
 
@@ -111,15 +136,18 @@ class Head(nn.Module):
         return linear_cross_entropy(e, self.weight, targets)  # type: ignore[return-value]
 
 
+SHARDED = ("inside", "outside", "sharded by hand")
+
+
 @case
 def sharded_head(place: Place) -> dict[str, dict[str, Tensor]]:
     """A fully sharded head with other tokens on each process: inside the module, and its weight passed from outside."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    call = parts()[place.rank]
-    mesh, results = _mesh((WORLD,)), {}
-    for name in ("inside", "outside", "sharded by hand"):
+    call = parts(place.world, place.device)[place.rank]
+    mesh, results = _mesh(place, (place.world,)), {}
+    for name in SHARDED:
         e = call.e.detach().requires_grad_()
         head = Head(call.c)
         if name == "sharded by hand":
@@ -140,7 +168,8 @@ def unknown_placements(place: Place) -> dict[str, str]:
     """The messages of placements without a meaning."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    call, mesh, square = build(KNOBS), _mesh((WORLD,)), _mesh((2, 2))
+    call = build(KNOBS, device=place.device)
+    mesh, square = _mesh(place, (place.world,)), _mesh(place, next(iter(SQUARES[place.world].values())))
     whole = lambda x, mesh=mesh: _distributed(x, mesh, [Replicate()] * mesh.ndim)  # noqa: E731
     e, c, bias = call.e, call.c, call.bias
     assert bias is not None
@@ -166,25 +195,79 @@ def unknown_placements(place: Place) -> dict[str, str]:
 # -- what they must give -----------------------------------------------------------------------------------------------
 
 
-def allowance(call: Call) -> Quantities:
-    """Bounds of a problem whose rows and tokens are shared in any way by WORLD processes.
+def allowance(call: Call, world: int, machine: Machine = CPU) -> Quantities:
+    """Bounds of a problem whose rows and tokens are shared in any way by so many processes.
 
-    Sums of gradients over processes add WORLD additions and a division, each a rounding of a partial sum.
+    Sums of gradients over processes add `world` additions and a division, each a rounding of a partial sum.
     """
-    size = -(-call.problem.v // WORLD)
-    shares = [(i * size, min((i + 1) * size, call.problem.v)) for i in range(WORLD)]
-    allowed = parallel_bound(call.problem, call.plan, shares, call.objective)
+    size = -(-call.problem.v // world)
+    shares = [(i * size, min((i + 1) * size, call.problem.v)) for i in range(world)]
+    allowed = parallel_bound(call.problem, call.plan, shares, call.objective, seed=call.knobs.seed, machine=machine)
     total = magnitudes(call.problem, call.objective)
-    u = (WORLD + 2) * unit_roundoff(torch.float32)
+    u = (world + 2) * unit_roundoff(torch.float32)
     more = {name: getattr(allowed, name) + u * getattr(total, name) for name in ("dE", "dC", "dbias")}
     return dataclasses.replace(allowed, **more)
 
 
-def mean_of_parts() -> tuple[Tensor, Tensor]:
-    """The exact mean of the processes' gradients of the classifier, and how far a computed one may be."""
-    exact, allowed = [], []
-    for call in parts():
-        t = truth(call.problem, call.objective)
-        exact.append(t.dC)
-        allowed.append(allowance(call).dC + t.radius.dC)
-    return torch.stack(exact).mean(0), torch.stack(allowed).mean(0)
+def judge_placements(stored: list[Any], name: str, machine: Machine = CPU) -> None:
+    """Raises unless what each process found under one kind of placement is within the bounds, and a zero is not."""
+    call = build(KNOBS)
+    exact, allowed = truth(call.problem, call.objective), allowance(call, len(stored), machine)
+    for results in stored:
+        for quantity, value in results[name].items():
+            most = getattr(allowed, quantity) + getattr(exact.radius, quantity)
+            judged = compare(value, getattr(exact, quantity), most)
+            assert judged.holds and judged.tells, (quantity, judged)
+
+
+def judge_features(stored: list[Any], machine: Machine = CPU) -> None:
+    """The same of what `placed_features` found."""
+    for name, knobs in features(len(stored), machine is not CPU).items():
+        call = build(knobs)
+        exact, allowed = truth(call.problem, call.objective), allowance(call, len(stored), machine)
+        whole: Any = linear_cross_entropy(
+            call.e, call.c, call.targets, call.bias, return_argmax=True, **call.options | {"impl": "cce_exact"}
+        )
+        for results in stored:
+            assert torch.equal(results[name]["argmax"], whole.argmax)
+            for quantity, value in results[name].items():
+                if quantity == "argmax":
+                    continue
+                true, most = (getattr(x, quantity) for x in (exact, allowed))
+                if quantity in ("lse", "entropy"):  # without the tokens that the shift leaves without a place
+                    value, true, most = value.reshape(-1), true[call.counted], most[call.counted]
+                judged = compare(value, true, most)
+                assert judged.holds and judged.tells, (name, quantity, judged)
+
+
+def judge_sharded_head(stored: list[Any], name: str, machine: Machine = CPU) -> None:
+    """The same of a sharded head: its gradient is the mean of the processes' own."""
+    calls = parts(len(stored))
+    exact = [truth(call.problem, call.objective) for call in calls]
+    allowed = [allowance(call, len(stored), machine) for call in calls]
+    mean = torch.stack([x.dC for x in exact]).mean(0)
+    most = torch.stack([own.dC + x.radius.dC for own, x in zip(allowed, exact)]).mean(0)
+    for results, own, x in zip(stored, allowed, exact):
+        for quantity in ("value", "dE"):
+            judged = compare(results[name][quantity], getattr(x, quantity), getattr(own, quantity))
+            assert judged.holds and judged.tells, (quantity, judged)
+        judged = compare(results[name]["dC"], mean, most)
+        assert judged.holds and judged.tells, judged
+
+
+UNKNOWN = {
+    "c by columns": "c must be Shard(0) or Replicate on each dimension of its mesh",
+    "e by features": "e must be Replicate or Shard along a dimension of tokens",
+    "partial e": "e must be Replicate or Shard along a dimension of tokens",
+    "other mesh": "e must be a DTensor on the mesh of c",
+    "plain c": "c must be a DTensor on the mesh of e",
+    "plain bias": "bias must be a DTensor placed as c",
+    "rows twice": "c must be Shard(0) on one dimension of its mesh",
+}
+
+
+def judge_unknown_placements(stored: list[dict[str, str]]) -> None:
+    for messages in stored:
+        assert messages.keys() == UNKNOWN.keys()
+        for name, text in UNKNOWN.items():
+            assert text in messages[name], messages[name]

@@ -14,10 +14,7 @@ import torch
 
 from cce_precision import VocabParallelOptions, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, INTERPRETER
-from cce_precision.analysis.fuzz import compare
-from cce_precision.analysis.fuzz_problems import build
 from cce_precision.analysis.parallel_bench import PAGE, ROWS, page
-from cce_precision.analysis.references import truth
 from cce_precision.variants import ALL
 from tests.parallel_cases import (
     CASES,
@@ -31,7 +28,14 @@ from tests.parallel_cases import (
     start,
     verdict_of,
 )
-from tests.parallel_placements import FEATURES, KNOBS, PLACEMENTS, allowance, mean_of_parts, parts
+from tests.parallel_placements import (
+    SHARDED,
+    judge_features,
+    judge_placements,
+    judge_sharded_head,
+    judge_unknown_placements,
+    placements_of,
+)
 from tests.strategies import EAGER, TILED
 
 
@@ -58,64 +62,25 @@ def test_every_variant(impl: str, world: int, ran: dict[str, list[Any]]) -> None
     assert {"value", "dE", "dC", "dbias"} <= telling  # a zero would have been rejected
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("name", placements_of(WORLD))
 def test_placements(name: str, ran: dict[str, list[Any]]) -> None:
     """DTensors placed in every way that has a meaning give what one process gives; gradients are placed alike."""
-    call = build(KNOBS)
-    exact, allowed = truth(call.problem, call.objective), allowance(call)
-    for results in ran["placements"]:
-        for quantity, value in results[name].items():
-            judged = compare(
-                value, getattr(exact, quantity), getattr(allowed, quantity) + getattr(exact.radius, quantity)
-            )
-            assert judged.holds and judged.tells, (quantity, judged)
+    judge_placements(ran["placements"], name)
 
 
 def test_placed_features(ran: dict[str, list[Any]]) -> None:
     """Shift, smoothing, class weights, entropy, softcap, temperature, unreduced, under placements."""
-    call = build(FEATURES)
-    exact, allowed = truth(call.problem, call.objective), allowance(call)
-    whole: Any = linear_cross_entropy(
-        call.e, call.c, call.targets, call.bias, return_argmax=True, **call.options | {"impl": "cce_exact"}
-    )
-    for results in ran["placed_features"]:
-        for name, values in results.items():
-            assert torch.equal(values.pop("argmax"), whole.argmax)
-            for quantity, value in values.items():
-                true, most = (getattr(x, quantity) for x in (exact, allowed))
-                if quantity in ("lse", "entropy"):  # without the tokens that the shift leaves without a place
-                    value, true, most = value.reshape(-1), true[call.counted], most[call.counted]
-                judged = compare(value, true, most)
-                assert judged.holds and judged.tells, (name, quantity, judged)
+    judge_features(ran["placed_features"])
 
 
-@pytest.mark.parametrize("name", ["inside", "outside", "sharded by hand"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_head_has_the_mean_gradient(name: str, ran: dict[str, list[Any]]) -> None:
     """A head of fully_shard, or sharded like one, beside plain tokens: as data parallelism reduces it."""
-    mean, allowed = mean_of_parts()
-    for call, results in zip(parts(), ran["sharded_head"]):
-        exact, own = truth(call.problem, call.objective), allowance(call)
-        for quantity in ("value", "dE"):
-            judged = compare(results[name][quantity], getattr(exact, quantity), getattr(own, quantity))
-            assert judged.holds and judged.tells, (quantity, judged)
-        judged = compare(results[name]["dC"], mean, allowed)
-        assert judged.holds and judged.tells, judged
+    judge_sharded_head(ran["sharded_head"], name)
 
 
 def test_unknown_placements(ran: dict[str, list[Any]]) -> None:
-    expected = {
-        "c by columns": "c must be Shard(0) or Replicate on each dimension of its mesh",
-        "e by features": "e must be Replicate or Shard along a dimension of tokens",
-        "partial e": "e must be Replicate or Shard along a dimension of tokens",
-        "other mesh": "e must be a DTensor on the mesh of c",
-        "plain c": "c must be a DTensor on the mesh of e",
-        "plain bias": "bias must be a DTensor placed as c",
-        "rows twice": "c must be Shard(0) on one dimension of its mesh",
-    }
-    for messages in ran["unknown_placements"]:
-        assert messages.keys() == expected.keys()
-        for name, text in expected.items():
-            assert text in messages[name], messages[name]
+    judge_unknown_placements(ran["unknown_placements"])
 
 
 def test_from_vocab(ran: dict[str, list[Any]]) -> None:
@@ -218,19 +183,10 @@ def test_benchmark(tmp_path: Path) -> None:
 def test_patched_models(tmp_path: Path) -> None:
     """Under FSDP2, and with a head that the processes share, no logits are made; beside the unpatched model."""
     pytest.importorskip("transformers")
-    from cce_precision.analysis.census import GRADIENT_ALLOWED, difference
-    from tests.parallel_models import WORLD, patched_models
+    from tests.parallel_models import WORLD, judge_patched_models, patched_models
 
     start(patched_models, str(tmp_path), processes=WORLD)
-    for rank in range(WORLD):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert found["counts"] == [(1, 0), (1, 0)]
-        first, stop = found["share"]
-        loss, gradients = found["whole"]
-        gradients["lm_head.weight"] = gradients["lm_head.weight"][first:stop]
-        for theirs, ours in (((loss, gradients), found["shared head"]), (found["sharded"], found["sharded, patched"])):
-            assert abs(ours[0] - theirs[0]) <= GRADIENT_ALLOWED * theirs[0]
-            assert difference(ours[1], theirs[1]) <= GRADIENT_ALLOWED  # 1 for a zero gradient
+    judge_patched_models([torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)])
 
 
 @pytest.mark.interpreter
