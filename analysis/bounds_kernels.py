@@ -19,7 +19,8 @@ What errs, in natural units, u the unit round-off, e the error of exp2 (Kernels.
 * log1p is the quotient form: the logarithm, a division, a product, and u / 2 for where the logarithm is taken.
 * A nll of at most the rounding of its exponent gets no rounding of max(gap, 0) + tail where gap <= 0.
 
-The backward pass: P = exp2(fl(fma(w^_j, fl(1 / T), -lse) log2(e))).
+The backward pass: P = exp2(fl(fma(w^_j, fl(1 / T), -lse) log2(e))), of the same w^_j: their errors move P as they move
+a softmax, and the lse's own arithmetic comes on top.
 """
 
 from __future__ import annotations
@@ -162,7 +163,10 @@ def kernel_softmax(
     nll, lse, arithmetic = _losses(x, a, tiles, depth)
 
     log_p = x.log_p.abs()
-    tau = x.raw + lse.error[:, None]
+    # Both passes have the same logits where each is one sum in a known order; under a softcap a compiler may fuse the
+    # products of the two tanh differently.
+    same = a.kernels.chain and problem.softcap is None
+    tau = x.log_p_moved() + arithmetic[:, None] if same else x.raw + lse.error[:, None]
     tau = tau + a.half(log_p + tau) + a.inverse * x.z.abs().nan_to_num(posinf=0.0)
     if not a.kernels.fused:
         tau = tau + torch.where(x.z.isfinite(), a.half(x.z), 0.0)

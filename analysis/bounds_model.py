@@ -141,10 +141,15 @@ class Kernels:
         return -(-v // self.columns[itemsize > 2])
 
     def row_depth(self, v: int, itemsize: int) -> int:
-        """Most additions that a term of a row's sum in one tile passes through; the target's is none."""
+        """Most additions that a term of a row's sum in one tile passes through; the target's is none. Threads that hold
+        columns beyond the last one add 0, which rounds nothing.
+        """
         side, threads, levels = self.rows[itemsize > 2]
         terms = min(v, self.columns[1] if itemsize > 2 else self.widest)
-        return min(max(terms - 2, 0), side * -(-terms // (side * threads)) - 1 + levels)
+        holding = min(threads, -(-terms // side))
+        idle = (threads - 1).bit_length() - (holding - 1).bit_length()  # levels on which one of a pair holds nothing
+        inside = min(terms, side * -(-terms // (side * threads))) - 1
+        return min(max(terms - 2, 0), inside + levels - idle)
 
 
 @dataclass(frozen=True)

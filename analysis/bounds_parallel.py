@@ -104,7 +104,9 @@ class _SharedCall(Call):
         entropy_off = q * ((1 + change) * (entropy.error + off + lse.error) + change * (entropy.value + below).abs())
         weights = torch.stack([self.weight[a:b].abs().sum() for a, b in self.shares])[:, None]
         smooth_off = smooth.error + weights * (off + lse.error)
-        add = (1 + 2.0**-20) * (new_lse.error - whole.lse.error).clamp(min=0)[:, None]
+        # of kernels, P's error has the lse's own arithmetic alone: errors of the logits move both at once
+        counted = whole.lse.error if self.machine.kernels is None else 0.0
+        add = (1 + 2.0**-20) * (new_lse.error - counted).clamp(min=0)[:, None]
         log_p = Computed(whole.log_p.value, whole.log_p.error + add)
         return dataclasses.replace(
             whole,

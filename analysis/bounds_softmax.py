@@ -133,6 +133,15 @@ class Exact:
         """(B,) log sum_j w_j exp(delta_j): the change of a log-sum-exp with softmax w."""
         return torch.log1p((weights * torch.expm1(delta)).sum(1))
 
+    def log_p_moved(self) -> Tensor:
+        """(B, V) change of log P_j: most where z_j falls by its error and the others rise by theirs, then by
+        log(P_j + sum_{k != j} P_k exp(delta_k + delta_j)).
+        """
+        own, others = torch.expm1(self.raw), self.p * torch.expm1(self.delta)
+        total = others.sum(1, keepdim=True)
+        rest = torch.maximum(total - others, total * 2.0**-50)  # not less for the rounding of a difference in fp64
+        return torch.log1p(own * (1 - self.p).clamp(min=2.0**-50) + (1 + own) * rest)
+
     def entropy_moved(self) -> Tensor:
         """(B,) change of the entropy: |dH/dz_j| = P_j |log P_j + H| along the way, where P stays within `growth`."""
         relative = self.growth - 1

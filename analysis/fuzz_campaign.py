@@ -44,6 +44,7 @@ SHRINKING = 60.0  # of the processor, for making an example small
 SHRINKING_ALL = 180.0  # the same, for all examples of a process: a defect of many problems is small enough in a few
 TRIES = 300  # calls that making an example small may take
 FEATURES = 160  # sets of features of a campaign on a GPU
+OF_SETS = ("bf16", "fp16", "fp32") * 4 + ("bf16",)  # dtypes of e in a variant's sets, in the shares of `random_knobs`
 KIN = 64  # shapes that are tried for one of a kind
 NUMBERS = ("seed", "scale", "margin", "upstream", "ignored", "nan_ignored")  # knobs that no kernel is compiled for
 WITH_BIAS = ("straddle", "masked")  # patterns that need one
@@ -99,7 +100,7 @@ def _kind(k: Knobs) -> tuple[object, ...]:
 
 def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
     """Problem `index` of a campaign. On a GPU a call's features and the kind of its shape come from few, because each
-    is a compilation.
+    is a compilation: every variant has as many of them, and every dtype its share of a variant's.
     """
     compiled = tuple(k.impl for k in COMPILED[:1] if k.impl in impls)
     others = tuple(name for name in impls if name not in compiled)
@@ -108,7 +109,13 @@ def _draw(index: int, seed: int, impls: Sequence[str], backend: str) -> Knobs:
     if backend != "cuda":
         return next(k for k in (random_knobs(numbers, drawn) for _ in itertools.count()) if _runs(k, backend))
     features = random.Random(f"{seed} features {index % FEATURES}")
-    k = next(k for k in (random_knobs(features, drawn) for _ in itertools.count()) if _runs(k, backend))
+    turn, which = divmod(index % FEATURES, len(drawn))
+    dtype, drawn = OF_SETS[turn % len(OF_SETS)], drawn[which : which + 1]
+    k = next(
+        k
+        for k in (random_knobs(features, drawn) for _ in itertools.count())
+        if k.e_dtype == dtype and _runs(k, backend)
+    )
     other = random_knobs(numbers, drawn)
     changes: dict[str, Any] = {name: getattr(other, name) for name in NUMBERS}
     if k.pattern not in WITH_BIAS and other.pattern not in WITH_BIAS:

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from cce_precision.analysis.bounds import INFLATION, bound
 from cce_precision.analysis.bounds_kernels import LN2, LOG2E, Arithmetic, _tanh, kernel_softmax
-from cce_precision.analysis.bounds_model import AMPERE, BLACKWELL, HOPPER, INTERPRETER, Machine, Precision, half_ulp
+from cce_precision.analysis.bounds_model import (
+    AMPERE,
+    BLACKWELL,
+    HOPPER,
+    INTERPRETER,
+    Computed,
+    Machine,
+    Precision,
+    half_ulp,
+)
+from cce_precision.analysis.bounds_softmax import Exact
 from cce_precision.analysis.bounds_tensor_core import fused
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import ALL
@@ -192,6 +202,50 @@ def test_they_are_narrow() -> None:
     heads = walk.heads(256, 1)
     for got, x in ((heads["lse"], found.lse), (walk.p(heads["lse"]), found.p)):
         assert float(((got.double() - x.value).abs() / x.error).max()) > 1 / 3
+
+
+@given(
+    v=st.integers(1, 9),
+    scale=st.sampled_from((0.5, 4.0, 40.0)),
+    size=st.sampled_from((1e-9, 1e-3, 2.0)),
+    seed=st.integers(),
+)
+@settings(max_examples=60)
+def test_errors_of_logits_move_log_p_by_no_more_and_by_as_much(v: int, scale: float, size: float, seed: int) -> None:
+    """Of all errors with some magnitudes; those of one column against all others move it by just that."""
+    g = torch.Generator().manual_seed(seed % 2**31)
+    z = torch.randn(v, generator=g, dtype=torch.float64) * scale
+    delta = torch.rand(v, generator=g, dtype=torch.float64) * size
+    allowed = Exact.of(Computed(z[None], delta[None]), torch.tensor([seed % v])).log_p_moved()[0]
+    # one column a row falls, the others rise; then any signs and sizes
+    signs = torch.cat([1 - 2 * torch.eye(v, dtype=torch.float64), torch.rand(40, v, generator=g).double() * 2 - 1])
+    moved = (torch.log_softmax(z + torch.cat([signs, -signs]) * delta, 1) - torch.log_softmax(z, 0)).abs()
+    # of the fp64 here: some v operations on numbers of these sizes, and the 2^-50 that the bound adds
+    rounding = (v + 5) * 2.0**-50 * (1 + z.abs().amax() + torch.log_softmax(z, 0).abs()) * torch.exp(2 * delta.amax())
+    assert (moved <= allowed + rounding).all()
+    assert (moved[:v].diagonal() >= allowed - rounding).all()
+
+
+@pytest.mark.parametrize("machine", [AMPERE, HOPPER, BLACKWELL, INTERPRETER], ids=lambda m: m.name)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_depth_of_a_row(machine: Machine, itemsize: int) -> None:
+    """No term goes through more additions to what is not 0, counted where the columns lie as `Kernels.rows` says."""
+    assert machine.kernels is not None
+    side, threads, levels = machine.kernels.rows[itemsize > 2]
+    width = machine.kernels.columns[1] if itemsize > 2 else machine.kernels.widest
+    across = threads.bit_length() - 1
+    for v in range(2, width + 1):
+        terms = torch.bincount(torch.arange(v) // side % threads, minlength=threads)  # the target's is one of them
+        deepest = 0
+        for thread in range(threads):
+            if not terms[thread]:
+                continue
+            partners = [range(threads)[(thread >> k ^ 1) << k :][: 2**k] for k in range(across)]
+            met = sum(any(int(terms[t]) for t in group) for group in partners)
+            deepest = max(deepest, int(terms[thread]) - 1 + met + levels - across)
+        found = machine.kernels.row_depth(v, itemsize)
+        assert found <= v - 2 or v == 2 and found == 0
+        assert found >= min(deepest, v - 2)
 
 
 @given(st.floats(-12, 12), st.sampled_from((-1.0, 0.0, 1.0)), st.sampled_from((-1.0, 0.0, 1.0)))

@@ -7,12 +7,14 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from cce_precision.analysis import fuzz_campaign
 from cce_precision.analysis.bounds import INTERPRETER, bound
 from cce_precision.analysis.fuzz import judge, judge_outputs, outputs, sparse_way
 from cce_precision.analysis.fuzz_campaign import campaign, replay, shrink
@@ -121,6 +123,15 @@ def test_a_process_that_dies_or_sleeps_costs_one_task() -> None:
     found = dict(isolated(double, (0, 1, 2, 4, 3, 5, 6), workers=1, seconds=2))
     assert found[3] == Lost("its process ended with code 7") and found[4] == Lost("no answer within 2 s")
     assert {x: y for x, y in found.items() if x not in (3, 4)} == {x: 2 * x for x in (0, 1, 2, 5, 6)}
+
+
+def test_sets_of_features_are_spread_over_variants_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each variant has as many, and each dtype its share."""
+    monkeypatch.setattr(fuzz_campaign, "_runs", lambda knobs, backend: knobs.e_dtype != "fp64")
+    names = ("cce", "cce_exact", "cce_sparse", "cce_split", "cce_unbiased")
+    drawn = [fuzz_campaign._draw(i, 5, names, "cuda") for i in range(len(names) * len(fuzz_campaign.OF_SETS))]
+    found = Counter((k.impl, k.e_dtype) for k in drawn)
+    assert found == {(name, dtype): 5 if dtype == "bf16" else 4 for name in names for dtype in ("bf16", "fp16", "fp32")}
 
 
 def test_knobs_are_one_line_of_json() -> None:
