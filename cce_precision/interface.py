@@ -43,7 +43,8 @@ class FilterStatistics(NamedTuple):
         Tensor  # upper bound of ||dE_i - exact dE_i|| / |upstream of nll_i| that the filter alone causes; 0 without one
     )
     # Of a sparse backward pass on the kernels: in how many blocks of 16 columns, over all tokens, the filter may keep
-    # an entry (0-dim int64), and how many fit in the workspace: with more the gradient is the exact one. Else None.
+    # an entry (0-dim int64; capacity + 1 where more), and how many fit in the workspace: with more the gradient is the
+    # exact one. Else None.
     blocks: Tensor | None = None
     capacity: int | None = None
     tolerance: float | None = None  # what the filter's relative error of the gradients was promised to stay below

@@ -86,20 +86,28 @@ def tiled(config: launch.Config, arch: str, dtype: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize(("arch", "forward"), [*((arch, True) for arch in ARCHITECTURES), ("sm_90", False)])
-def test_hits(arch: str, forward: bool, drawn: bool) -> None:
+def test_hits(arch: str, forward: bool, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = launch._CONFIGS["forward"][arch][2]
     own = {
         "bounds": FP32,
         "partial": FP32,
         "target_logit": FP32,
         "record": I16,
+        "hits": I32 if forward else I64,
         "shape": ("i32:16",) * 4,
         "splits": "i32",
         "tiles_a_split": "i32",
         "scalars": ("fp32",) * 3,
         "FLAGS": Constant((False, False, forward, drawn)),
     }
-    check(tiled(config, arch, "bf16") | own, hits.hits_kernel, arch, num_warps=config.warps, num_stages=config.stages)
+    check_loops(
+        tiled(config, arch, "bf16") | own,
+        hits.hits_kernel,
+        arch,
+        monkeypatch,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -182,7 +190,6 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
         "values": FP32,
         "kept_entries": I32,
         "row_counts": I32,
-        "room": "i32",
         "seed": I64,
         "blocks": "i32",
         "shape": ("i32:16",) * 4,

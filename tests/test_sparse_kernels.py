@@ -24,10 +24,12 @@ from cce_precision.problem import ELSEWHERE, Plan, Problem, Upstream
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import dense, exact, filtered  # noqa: E402
+from cce_precision.kernels import dense, exact, filtered, hits  # noqa: E402
+from cce_precision.kernels.answer import Answer  # noqa: E402
 from cce_precision.kernels.elements import members_drawn, seed_words  # noqa: E402
 from cce_precision.kernels.entries import Buffers  # noqa: E402
 from cce_precision.kernels.primitives import hash32 as kernel_hash32  # noqa: E402
+from cce_precision.kernels.subsets import Tail  # noqa: E402
 from cce_precision.kernels.terms import clean_rows  # noqa: E402
 
 pytestmark = pytest.mark.interpreter
@@ -128,6 +130,53 @@ def test_with_full_lists_the_gradient_is_exact(
             comparison = compare(got, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name))
             assert comparison.holds and comparison.tells, (name, comparison)
     assert [int(x) for x in seen] == [1]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_the_host_knows_not_to_count_is_left_out_and_nothing_changes(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = exact_problem(4, 800, 16)
+    monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
+    seen = overflow(monkeypatch, *((3, 4) if full else (50, 100)))
+    launched: dict[str, int] = {"exact": 0, "tail": 0}
+    write_dz, columns = exact.write_dz, Tail.columns
+
+    def counted(name: str, function: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            launched[name] += 1
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(exact, "write_dz", counted("exact", write_dz))
+    monkeypatch.setattr(Tail, "columns", counted("tail", columns))
+    both_ways = gradients(problem, "cce_subsampled")
+    assert launched["exact"] > 1 and launched["tail"] > 0
+    launched.update(exact=0, tail=0)
+    monkeypatch.setattr(Answer, "known", lambda self: bool(self.flag))
+    one_way = gradients(problem, "cce_subsampled")
+    assert (launched["exact"] > 1, launched["tail"] > 0) == (full, not full)
+    assert [int(x) for x in seen] == [full] * 2
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(both_ways, one_way))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_record_of_too_many_hits_still_has_every_one(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass looks for no more hits than there is room for, and records the rest of its walk as hit."""
+    problem = exact_problem(12, 400, 8)
+    plan, seed = Plan(variants.get(impl).with_eps(EPS), want_record=True), torch.tensor(5)
+    heads, record = kernels.forward(problem, plan, seed)
+    every = hits.words_of(problem, record).to(torch.int32)
+    monkeypatch.setattr(filtered, "capacities", lambda n, blocks, size: (20, 30))
+    again, record = kernels.forward(problem, plan, seed)
+    words = hits.words_of(problem, record).to(torch.int32)
+    assert torch.equal(words & every, every) and not torch.equal(words, every)
+    assert all(torch.equal(a, b) for a, b in zip(heads, again))
+    assert not words[:, 3].any()  # an ignored token has none
+    last = 400 // 16 % (hits.config_for("forward", problem.c).n // 16)
+    assert not last or int(words[-1].max()) < 1 << last  # no block beyond the vocabulary
+    assert int(kernels.occupancy(problem, plan, heads.lse, seed, record)) == 21
 
 
 @pytest.mark.parametrize("lists", [(3, 4), (150, 4)], ids=["hits", "entries"])
@@ -359,7 +408,8 @@ def test_statistics_say_which_way_the_device_takes(monkeypatch: pytest.MonkeyPat
         assert isinstance(found, LinearCrossEntropyOutput) and found.stats is not None
         stats = found.stats
         assert stats.path == "triton" and stats.blocks is not None and stats.capacity is not None
-        assert int(stats.hits.sum()) / 16 <= int(stats.blocks) <= 8 * 3
+        needed = min(int(stats.hits.sum()) / 16, stats.capacity + 1)
+        assert needed <= int(stats.blocks) <= min(8 * 3, stats.capacity + 1)
         assert (int(stats.blocks) > stats.capacity) == full
         found.loss.backward()
         assert e.grad is not None and bool(e.grad[0].any())

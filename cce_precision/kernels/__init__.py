@@ -112,11 +112,11 @@ def forward(problem: Problem, plan: Plan, seed: Tensor | None = None) -> tuple[H
     """
     with _on(problem.e.device):
         if plan.want_record and by_element(plan.variant):
-            from . import hits
+            from . import filtered, hits
 
             if hits.leaves_record(problem, plan):
                 assert seed is not None
-                return hits.forward(problem, plan, seed)
+                return hits.forward(problem, plan, seed, filtered.capacity(problem, plan))
         from .heads import forward as run
 
         return run(problem, plan)

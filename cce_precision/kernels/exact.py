@@ -3,7 +3,8 @@
 dC is complete over the tokens: it leaves with the target's terms added, scaled and rounded once. On Hopper it is how
 every unfiltered pass goes. `exact_where` is for what the device takes or leaves, where lists of entries overflow or
 keep no promise: the library's products cannot wait for a decision made there, so where hopper_product.py's do not run,
-these do. The host launches all of it and waits for nothing.
+these do. The host launches all of it, unless it knows by then that nothing of it counts (answer.py), and waits for
+nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
+from .answer import Answer
 from .dz import Run, write_dz
 from .elements import DTYPES
 from .entry import entry
@@ -171,17 +173,18 @@ def walk(
     d_c: Tensor | None,  # (V, D)
     d_bias: Tensor | None,  # (V,) fp32
     shift: Tensor | None,  # (D,) fp32: what dC's rows lose, times the column weight; not on Hopper
-    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1; None: 1
+    wanted: Answer | None = None,  # whether anything is to be done; None: yes
 ) -> None:
     """Every entry of dZ, by runs of columns: fills d_c and d_bias, adds to total_e."""
     n, v, d, dtype = problem.n, problem.v, problem.d, problem.operand_dtype
     by_hopper = shift is None and products_by_hopper(problem.c)
-    wanted = (total_e is not None, d_c is not None)
+    outputs = (total_e is not None, d_c is not None)
+    active = None if wanted is None else wanted.flag
     start = 0
-    while start < v:
+    while start < v and not (wanted is not None and wanted.known() is False):
         width, room = room_for(start, n * dtype.itemsize * parts, pool, d_c, WIDEST)
         if by_hopper and active is None:  # what may be left undone goes in as few launches as can be
-            width = best_width(n, v - start, d, width, parts, wanted, multiprocessors(e.device))
+            width = best_width(n, v - start, d, width, parts, outputs, multiprocessors(e.device))
         stop = min(start + width, v)
         operands = list(room.view(dtype)[: parts * n * width].view(parts, n, width)[:, :, : stop - start])
         c, bias, weight = (
@@ -193,13 +196,13 @@ def walk(
         sums, _ = write_dz(problem, e, run, terms, operands[0], low, d_bias is not None, active=active)
         if d_bias is not None and sums is not None:
             d_bias[start:stop].copy_(sums if active is None else torch.where(active != 0, sums, d_bias[start:stop]))
-        if by_hopper and any(wanted):
+        if by_hopper and any(outputs):
             from .hopper_product import Columns, Labels, add_products
 
             labels = None if segments is None else Labels(e, terms.targets, terms.label, segments)
             columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
             add_products(operands, e, c, columns, total_e, active)
-        elif any(wanted):
+        elif any(outputs):
             assert segments is not None and active is not None
             multiply_where(problem, e, c, start, terms, segments, operands[0], total_e, d_c, shift, active)
         start = stop
@@ -215,15 +218,17 @@ def exact_where(
     d_bias: Tensor | None,  # (V,) fp32
     shift_e: Tensor | None,  # (D,) fp32: what dE's rows lose, times sigma
     shift_c: Tensor | None,  # (D,) fp32: what dC's rows lose, times the column weight
-    active: Tensor,  # () int32: 0 where nothing is to be done, else 1
+    wanted: Answer,  # whether anything is to be done
 ) -> None:
     """Fills d_e, d_c and d_bias with the gradients of every entry. Until the end d_e holds a copy of e."""
-    n, d = problem.n, problem.d
+    n, d, active = problem.n, problem.d, wanted.flag
+    if wanted.known() is False:
+        return
     place = pool if d_e is None else d_e
     e = clean_rows_into(place.view(-1).view(problem.e.dtype)[: n * d].view(n, d), problem, active)
     total = None if d_e is None else label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active)
     rest = pool[-(-n * d // 64) * 64 :].view(torch.uint8)
-    walk(problem, e, terms, segments, rest, 1, total, d_c, d_bias, shift_c, active)
+    walk(problem, e, terms, segments, rest, 1, total, d_c, d_bias, shift_c, wanted)
     if d_e is not None and total is not None:
         scale_into(d_e, total, terms.scale, active)
 

@@ -2,8 +2,9 @@
 
 `sparse`, where both sides have one filter: dZ is a sparse matrix (entries.py, sparse.py), and below the threshold a
 subset filter adds two small dense products (subsets.py). Where the hits are more than the workspace holds, as on a flat
-softmax, the device itself takes the exact dense way instead (exact.py). The host launches both and waits for
-neither. `dense`, for all other filters: library products of each side's dZ.
+softmax, the device itself takes the exact dense way instead (exact.py). The host launches both, but for what it knows
+by then not to count (answer.py), and waits for neither. `dense`, for all other filters: library products of each side's
+dZ.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..numerics import Filter, FilterKind
 from ..problem import Heads, Plan, Problem, Upstream
 from ..promise import filter_error
+from .answer import Answer
 from .dense import accumulate_product, no_tokens
 from .elements import COLUMNS, ROWS, ElementFilter, write_filtered
 from .entries import Buffers, Entries, entries_of, seen_of
@@ -133,12 +135,14 @@ def capacity(problem: Problem, plan: Plan) -> int:
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
-    """How many hits there are, 0-dim int64. Requires `kept_filter`; lse (N,) as in the heads."""
+    """How many hits there are, 0-dim int64; capacity + 1 where they are more than the capacity. Requires `kept_filter`;
+    lse (N,) as in the heads.
+    """
     filt = kept_filter(problem, plan)
     assert filt is not None
     lse = torch.where(problem.targets >= 0, lse, torch.inf)
     by_block, _ = counts_of(words_for(problem, filt, seed, lse, record), problem.c, lse)
-    return by_block.sum(dtype=torch.int64)
+    return by_block.sum(dtype=torch.int64).clamp(max=capacity(problem, plan) + 1)
 
 
 def sparse(
@@ -163,6 +167,7 @@ def sparse(
     lists = lists_of(words, problem.c, lse, buffers.tokens, buffers.blocks)
     del words
     entries = entries_of(problem, e, terms, kept, lists, buffers)
+    dense_way = Answer(entries.dense)
     segments = TokensByTarget.of(problem.targets, v)
     shift_c = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
     shift_e = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
@@ -177,18 +182,17 @@ def sparse(
         finish_rows(problem, terms, entries, d_e, base, shift_e)
         del base
     if tail is not None and (need_c or need_bias):
-        tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c)
+        tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c, dense_way)
     elif need_c or need_bias:
         finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift_c)
-    active = entries.dense
     if plan.tolerance is not None and (need_e or need_c):
         seen = seen_of(problem, terms, entries, kept, heads.nll)
         if tail is not None and tail.energies is not None:
             seen = dataclasses.replace(seen, energy_e=tail.energies[0], energy_c=tail.energies[1])
         broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
-        active = torch.maximum(active, broken.to(torch.int32))
+        dense_way = Answer(torch.maximum(dense_way.flag, broken.to(torch.int32)))
     if plan.tolerance is not None or buffers.values.numel() < n * -(-v // BLOCK) * BLOCK:
-        exact_where(problem, terms, segments, workspace.pool, d_e, d_c, d_bias, shift_e, shift_c, active)
+        exact_where(problem, terms, segments, workspace.pool, d_e, d_c, d_bias, shift_e, shift_c, dense_way)
     return d_e, d_c, finish_bias(problem, terms, d_bias)
 
 
@@ -220,14 +224,15 @@ def tail_by_runs(
     d_c: Tensor | None,
     d_bias: Tensor | None,
     shift: Tensor | None,
+    dense_way: Answer,  # whether nothing of this counts
 ) -> None:
-    """dC and dbias of a filter with a tail, where entries.dense is not 1: the tail's part goes by runs of columns."""
+    """dC and dbias of a filter with a tail: the tail's part goes by runs of columns."""
     v, d, dtype = problem.v, problem.d, problem.operand_dtype
     column = 4 * d + dtype.itemsize * tail.part.n
     if pool.numel() < NARROWEST * column:
         pool = torch.empty(NARROWEST * column, dtype=torch.uint8, device=e.device)
     start = 0
-    while start < v:
+    while start < v and not dense_way.known():
         width, room = room_for(start, column, pool, d_c, -(-v // 256) * 256)
         stop = min(start + width, v)
         sums = None if d_c is None else room.view(torch.float32)[: width * d].view(width, d)[: stop - start]

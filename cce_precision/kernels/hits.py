@@ -6,6 +6,10 @@ tokens), that of the columns that the program itself has walked, and for a subse
 (Jensen). That can only keep too much, and it is the same whatever else runs, so results are bitwise repeatable. One bit
 a block is left, and one for the target's block; the definition alone, with the final lse, decides later (entries.py).
 Where no record was left, the same walk with the final lse makes it.
+
+With more hits than the backward pass has room for nothing is gained by looking for the rest: the programs count what
+they find together, and once there are more, what they still walk is recorded as hit throughout. When they come to know
+of it depends on what runs beside; that there are too many does not.
 """
 
 from __future__ import annotations
@@ -131,6 +135,15 @@ def drawn_bits(p, limit, by_row, first, M: tl.constexpr, N: tl.constexpr):
         return block_bits(x, 1.0e-37, 1.0, M, N)
 
 
+@triton.jit
+def how_many(words):
+    """How many of the low 16 bits of words are set."""
+    words -= (words >> 1) & 0x5555
+    words = (words & 0x3333) + ((words >> 2) & 0x3333)
+    words = (words + (words >> 4)) & 0x0F0F
+    return (words + (words >> 8)) & 31
+
+
 @entry
 @triton.jit
 def hits_kernel(
@@ -142,6 +155,7 @@ def hits_kernel(
     partial,  # (2, splits, N) fp32 maximum and sum of the forward pass, or unused
     target_logit,  # (N,) fp32, before the temperature, or unused
     record,  # (column tiles, N) int16
+    hits,  # () int32: those found so far beyond what there is room for, in and out; or unused
     seed,  # () int64
     shape,  # (N, V, D, number of the first column in the whole vocabulary)
     stride_e,
@@ -184,6 +198,9 @@ def hits_kernel(
         local = target - tile * N
         hit = (local >= 0) & (local < N)
         lowest = known + log_eps
+        full = False
+        if FLAGS[2]:
+            full = tl.load(hits, volatile=True) > 0
         if FLAGS[2]:
             if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
                 own = columns[None, :] == target[:, None]
@@ -191,16 +208,21 @@ def hits_kernel(
                 z = tl.where(own, float("-inf"), z)
             m, s, _ = online_softmax_update(m, s, s, z, scale, False)
             lowest = tl.maximum(known, m * scale + tl.log2(s)) + log_eps
-        if FLAGS[3]:
-            low, high = seed_words(seed)
-            by_row = row_word(low, high, rows.to(tl.uint32))
-            reference = reference_of(m, scale) if FLAGS[2] else known
-            p = tl.exp2(z * scale - reference[:, None])  # those of the softmax's update, where there is one
-            limit = tl.exp2(tl.minimum(lowest - reference, 120.0))  # no p reaches 2^120 u
-            bits = drawn_bits(p, limit, by_row, first_id + tile * N, M, N)
+        if full:
+            bits = tl.full((M,), 1, tl.int32) * ((1 << tl.minimum(tl.cdiv(v - tile * N, 16), N // 16)) - 1)
         else:
-            bits = block_bits(z, lowest[:, None], scale, M, N)
-        bits |= tl.where(hit, 1 << (tl.where(hit, local, 0) // 16), 0)
+            if FLAGS[3]:
+                low, high = seed_words(seed)
+                by_row = row_word(low, high, rows.to(tl.uint32))
+                reference = reference_of(m, scale) if FLAGS[2] else known
+                p = tl.exp2(z * scale - reference[:, None])  # those of the softmax's update, where there is one
+                limit = tl.exp2(tl.minimum(lowest - reference, 120.0))  # no p reaches 2^120 u
+                bits = drawn_bits(p, limit, by_row, first_id + tile * N, M, N)
+            else:
+                bits = block_bits(z, lowest[:, None], scale, M, N)
+            bits |= tl.where(hit, 1 << (tl.where(hit, local, 0) // 16), 0)
+            if FLAGS[2]:
+                tl.atomic_add(hits, tl.sum(tl.where(target >= 0, how_many(bits), 0), 0), sem="relaxed")
         tl.store(record + wide(n) * tile + rows, tl.where(target >= 0, bits, 0).to(tl.int16), mask=inside)
     if FLAGS[2]:
         out = partial + wide(n) * split + rows
@@ -214,13 +236,13 @@ def _launch(
     seed: Tensor,
     bounds: Tensor,  # (N,) in base 2
     record: Tensor,  # (column tiles, N) int16
-    outputs: tuple[Tensor, Tensor] | None,  # partial, target_logit of the forward pass
+    outputs: tuple[Tensor, Tensor, Tensor] | None,  # partial, target_logit and count of hits of the forward pass
 ) -> None:
     e, c, bias, n, v = problem.e, problem.c, problem.bias, problem.n, problem.v
     config = config_for("forward", c)
     splits, tiles_a_split = splits_of(v, config.n)
     tma = descriptor_fits(e) and descriptor_fits(c)
-    partial, target_logit = (bounds, bounds) if outputs is None else outputs
+    partial, target_logit, hits = (bounds, bounds, seed) if outputs is None else outputs
     eps = filt.threshold(problem.operand_dtype)
     hits_kernel[(cdiv(n, config.m) * splits,)](
         operand(e, [config.m, config.k], tma),
@@ -231,6 +253,7 @@ def _launch(
         partial,
         target_logit,
         record,
+        hits,
         seed,
         (n, v, problem.d, problem.first_column),
         tuple(e.stride()),
@@ -251,8 +274,10 @@ def _launch(
     )
 
 
-def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
-    """nll and lse of every token, and the record of `record_shape`. Requires `leaves_record`. No host sync."""
+def forward(problem: Problem, plan: Plan, seed: Tensor, room: int) -> tuple[Heads, Tensor]:
+    """nll and lse of every token, and the record of `record_shape`: every hit, or where they are more than `room`, more
+    than `room`. Requires `leaves_record`. No host synchronisation.
+    """
     filt = kept_filter(problem, plan)
     assert filt is not None
     n, device = problem.n, problem.e.device
@@ -262,7 +287,8 @@ def forward(problem: Problem, plan: Plan, seed: Tensor) -> tuple[Heads, Tensor]:
     splits, _ = splits_of(problem.v, config_for("forward", problem.c).n)
     scale = math.log2(math.e) / problem.temperature
     partial, target_logit = new(2, splits, n), new(n)
-    _launch(problem, filt, seed, _bounds(problem, filt, scale), words_of(problem, record), (partial, target_logit))
+    outputs = (partial, target_logit, torch.full((), -room, dtype=torch.int32, device=device))
+    _launch(problem, filt, seed, _bounds(problem, filt, scale), words_of(problem, record), outputs)
     combine_kernel[(cdiv(n, _COMBINE_ROWS),)](
         partial,
         heads.argmax,
