@@ -33,7 +33,7 @@ from cce_precision.analysis.audit_targets import Target, Unavailable
 from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
 from cce_precision.analysis.fuzz_campaign import settle, shrink
 from cce_precision.analysis.isolation import Lost, isolated
-from cce_precision.analysis.provenance import git
+from cce_precision.analysis.provenance import commit
 
 __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
 
@@ -143,11 +143,7 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
         return False
 
     small = shrink(trial, fails, smaller, tries=60) if check.minimal else trial
-    text = ""
-    for one in dict.fromkeys((small, trial)):  # what was small here may not fail alone: a compiler remembers shapes
-        text = text or _reproduced(
-            snippet(subject, one, f"it raises {kind.__name__}", raising=True, form=check.form), kind.__name__
-        )
+    text = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, ((small, None), (trial, None)))
     return Outcome(check.name, "fail", f"raises {said}", snippet=text)
 
 
@@ -200,9 +196,8 @@ def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
     said = f"{len(failing)} of {len(found)}: {_summary(worst)}"
     if not check.minimal:
         return Outcome(check.name, "fail", said, records)
-    text = ""
-    for f in dict.fromkeys((_small(subject, check, worst), worst)):
-        text = text or _reproduced(snippet(subject, f.trial, said, f, form=check.form), "AssertionError")
+    small = _small(subject, check, worst)
+    text = _program(subject, check, said, "AssertionError", ((small.trial, small), (worst.trial, worst)))
     return Outcome(check.name, "fail", said, records, text)
 
 
@@ -220,8 +215,21 @@ def _summary(f: Finding) -> str:
     return f"{f.quantity} {size} ({f.trial})"
 
 
-def _reproduced(text: str, error: str) -> str:
-    """A snippet that fails with an error when it is run; empty if this one does not."""
+def _program(
+    subject: Subject, check: Check, said: str, error: str, candidates: Iterable[tuple[Trial, Finding | None]]
+) -> str:
+    """The first program of trials (with what was found, or None where they raise) that fails with an error when it is
+    run: what was small here may not fail alone, as a compiler remembers shapes. Empty if none does.
+    """
+    for trial, found in dict.fromkeys(candidates):
+        text = snippet(subject, trial, said, found, raising=found is None, form=check.form)
+        if _fails(text, error):
+            return text
+    return ""
+
+
+def _fails(text: str, error: str) -> bool:
+    """Whether a program ends with an error."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "snippet.py"
         path.write_text(text)
@@ -231,8 +239,8 @@ def _reproduced(text: str, error: str) -> str:
                 [sys.executable, str(path)], capture_output=True, text=True, timeout=120, env=environment, check=False
             )
         except subprocess.TimeoutExpired:
-            return ""
-    return text if done.returncode and error in done.stderr else ""
+            return False
+    return bool(done.returncode) and error in done.stderr
 
 
 # A card.
@@ -288,7 +296,7 @@ def _card(target: Target, device: str, command: str, outcomes: Sequence[Outcome]
         f"{target.package} {version}",
         where,
         ", ".join(software),
-        git("rev-parse", "--short", "HEAD"),
+        commit(),
         command,
         tuple(outcomes),
     )

@@ -30,6 +30,7 @@ kernels.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import gc
@@ -148,12 +149,10 @@ def scaled(base: Shape, kind: str) -> list[Shape]:
 def provenance() -> Row:
     """Commit (where there is no git checkout: CCE_COMMIT of the environment), versions, command and time of a run."""
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    try:
+    with contextlib.suppress(ImportError):  # not everywhere
         import triton
 
         versions += f", triton {triton.__version__}"
-    except ImportError:
-        pass
     return {
         "commit": git("describe", "--always", "--dirty", "--exclude=*") or os.environ.get("CCE_COMMIT", "unknown"),
         "versions": versions,

@@ -5,7 +5,7 @@
 writes OUT/measure.json (the `trained` case at N=8192, V=256000, D=2304 in bf16: what 256 rows say of three variants,
 what the whole fp64 truth says, and how long each took) and OUT/errors.jsonl (one row a variant, dtype and kind of
 softmax, at N=8192, V=131072, D=1024 and on the captured head: the upper ends of intervals from 1024 rows).
-`choose_table` reads the latter. --small checks the command itself, on any device.
+`choose_table` reads the latter; --measure leaves it out. --small checks the command itself, on any device.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/choose"))
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="measure.json alone")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given.out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,8 @@ def main() -> None:
     found = full_size(SMALL if given.small else FULL, device)
     (given.out / "measure.json").write_text(json.dumps(found | stamp, indent=1) + "\n")
     gc.collect()
+    if given.measure:
+        return
     with (given.out / "errors.jsonl").open("w") as file:
         for row in errors(SMALL if given.small else REAL, device, say):
             file.write(json.dumps(row | stamp) + "\n")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -163,6 +164,18 @@ def machine_of(call: Call) -> Machine:
     return gpu_machine(call.device)
 
 
+def _watched(module: ModuleType, name: str, note: Callable[[Any], None]) -> contextlib.AbstractContextManager[Any]:
+    """A function of a module while `note` is told what it returns."""
+    function = getattr(module, name)
+
+    def watched(*arguments: Any) -> Any:
+        result = function(*arguments)
+        note(result)
+        return result
+
+    return mock.patch.object(module, name, watched)
+
+
 @contextlib.contextmanager
 def sparse_way(call: Call) -> Iterator[list[Tensor]]:
     """Collects, for each backward pass over lists of entries, whether they were too many (0-dim, not 0): then its
@@ -170,26 +183,19 @@ def sparse_way(call: Call) -> Iterator[list[Tensor]]:
     """
     taken: list[Tensor] = []
     problem = call.placed()
-    if choose_backend(problem, call.plan) != "triton" or kernels.capacity(problem, call.plan) is None:
-        yield taken
-        return
-    from cce_precision.kernels import filtered
-
-    entries_of, capacities = filtered.entries_of, filtered.capacities
-
-    def short(n: int, blocks: int, size: int) -> tuple[int, int]:
-        """Room for one hit, unless that is all that there can be."""
-        return (1, 1) if n * blocks > 1 else capacities(n, blocks, size)
-
-    def watched(*arguments: Any) -> Any:
-        entries = entries_of(*arguments)
-        taken.append(entries.dense)
-        return entries
-
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(filtered, "entries_of", watched))
-        if call.knobs.crowded:
-            stack.enter_context(mock.patch.object(filtered, "capacities", short))
+        if choose_backend(problem, call.plan) == "triton" and kernels.capacity(problem, call.plan) is not None:
+            from cce_precision.kernels import filtered
+
+            capacities = filtered.capacities
+
+            def short(n: int, blocks: int, size: int) -> tuple[int, int]:
+                """Room for one hit, unless that is all that there can be."""
+                return (1, 1) if n * blocks > 1 else capacities(n, blocks, size)
+
+            stack.enter_context(_watched(filtered, "entries_of", lambda entries: taken.append(entries.dense)))
+            if call.knobs.crowded:
+                stack.enter_context(mock.patch.object(filtered, "capacities", short))
         yield taken
 
 
@@ -197,19 +203,13 @@ def sparse_way(call: Call) -> Iterator[list[Tensor]]:
 def visits(call: Call) -> Iterator[list[Tensor]]:
     """Collects the orders in which kernels visit the columns, (V,) int64."""
     taken: list[Tensor] = []
-    if not call.plan.variant.sort_vocabulary or choose_backend(call.placed(), call.plan) != "triton":
-        yield taken
-        return
-    from cce_precision.kernels import dense, subsets
+    with contextlib.ExitStack() as stack:
+        if call.plan.variant.sort_vocabulary and choose_backend(call.placed(), call.plan) == "triton":
+            from cce_precision.kernels import dense, subsets
 
-    visiting_order = dense.visiting_order
-
-    def watched(*arguments: Any) -> Tensor | None:
-        order = visiting_order(*arguments)
-        taken.extend(() if order is None else (order,))
-        return order
-
-    with mock.patch.object(dense, "visiting_order", watched), mock.patch.object(subsets, "visiting_order", watched):
+            note = lambda order: taken.extend(() if order is None else (order,))  # noqa: E731
+            for module in (dense, subsets):
+                stack.enter_context(_watched(module, "visiting_order", note))
         yield taken
 
 

@@ -206,6 +206,15 @@ def _read(path: Path, seed: int, backend: str) -> dict[int, Row]:
     return rows
 
 
+def _minutes(out: Path, seed: int, backend: str) -> float:
+    """What earlier runs of the same campaign took, as far as they came to an end."""
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        found = json.loads((out / "summary.json").read_text())
+        if (found.get("seed"), found["backend"]) == (seed, backend):
+            return float(found["minutes"])
+    return 0.0
+
+
 def _store(row: Row, folder: Path) -> None:
     """A failure as a file that `replay` reads, named by its knobs."""
     folder.mkdir(exist_ok=True)
@@ -263,8 +272,9 @@ def campaign(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
     rows = _read(path, seed, backend)
+    began, before = time.monotonic(), _minutes(out, seed, backend) if rows else 0.0
     cut_short = path.exists() and not path.read_text().endswith("\n")
-    ends = None if minutes is None else time.monotonic() + 60 * minutes
+    ends = None if minutes is None else began + 60 * minutes
 
     def todo() -> Iterator[int]:
         for index in itertools.count() if problems is None else range(problems):
@@ -292,6 +302,7 @@ def campaign(
                     _store(found, out / "failures")
             bar.update(task, advance=1, description=f"problems, {failures} failures")
     result = summary([rows[i] for i in sorted(rows) if problems is None or i < problems], seed, backend, some)
+    result["minutes"] = round(before + (time.monotonic() - began) / 60, 2)
     (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "index.md").write_text(page(result))
     return result

@@ -13,7 +13,7 @@ import torch
 
 from cce_precision.analysis.fuzz import QUANTITIES
 from cce_precision.analysis.fuzz_problems import Knobs
-from cce_precision.analysis.provenance import git
+from cce_precision.analysis.provenance import commit
 
 __all__ = ["holds", "page", "summary"]
 
@@ -54,10 +54,11 @@ def summary(
     place += f" --variants {','.join(impls)}" if impls else ""
     return {
         "command": f"cce-precision fuzz --problems {last + 1} --seed {seed}{place}",
-        "commit": git("rev-parse", "--short", "HEAD") or None,
+        "commit": commit() or None,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "backend": backend,
+        "seed": seed,
         "device": torch.cuda.get_device_name() if backend == "cuda" else "CPU",
         "problems": len(rows),
         "violations": [row for row in rows if not holds(row)],
@@ -94,6 +95,7 @@ def page(found: dict[str, Any]) -> str:
         "emulated": "Triton's kernels in their interpreter with an H200's tiles and tensor cores, under its bounds",
         "cuda": f"Triton's kernels on one {found['device']}",
     }[found["backend"]]
+    took = f", {found['minutes']:.1f} minutes" if "minutes" in found else ""
     lines = [
         f"# {found['problems']} random problems: {bad or 'no'} error{'s' if bad != 1 else ''} above the bound",
         "",
@@ -102,7 +104,7 @@ def page(found: dict[str, Any]) -> str:
         f"over all quantities {number(found['median bound / error'])}. Zero rejected: the share of nonzero quantities",
         "whose norm exceeds that of their bound, so that zeros in their place would not pass.",
         "",
-        f"`{found['command']}`, commit {found['commit']}, PyTorch {found['torch']}, {place}.",
+        f"`{found['command']}`, commit {found['commit']}, PyTorch {found['torch']}, {place}{took}.",
         "",
         "| quantity | judged | largest error / bound | median bound / error | 90 % | zero rejected | no claim |",
         "|---|---|---|---|---|---|---|",

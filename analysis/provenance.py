@@ -11,7 +11,7 @@ import torch
 
 import cce_precision
 
-__all__ = ["git", "provenance"]
+__all__ = ["commit", "git", "provenance"]
 
 
 def git(*args: str) -> str:
@@ -22,6 +22,11 @@ def git(*args: str) -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def commit() -> str:
+    """The commit in short; where there is no git checkout that of the environment, CCE_COMMIT, or ""."""
+    return git("rev-parse", "--short", "HEAD") or os.environ.get("CCE_COMMIT", "")[:7]
 
 
 def _device() -> str:
@@ -35,10 +40,10 @@ def _device() -> str:
 
 def provenance(threads: int, command: str) -> dict[str, str]:
     """Commit, versions, device and its threads a cell, command."""
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
-        commit += " with changes"
+    found = git("rev-parse", "--short=12", "HEAD")
+    if found and git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cce_precision", "../variants"):
+        found += " with changes"
     versions = f"cce-precision {cce_precision.__version__}, torch {torch.__version__}, "
     versions += f"Python {platform.python_version()}, {platform.system()}"
     device = f"{_device()}, {threads} thread{'s' * (threads > 1)} a cell"
-    return {"commit": commit or "no git checkout", "versions": versions, "device": device, "command": command}
+    return {"commit": found or "no git checkout", "versions": versions, "device": device, "command": command}

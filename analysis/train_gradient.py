@@ -6,6 +6,7 @@ The head's input is caught where the model calls its head, so any model will do 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,9 +52,8 @@ def head_of(model: nn.Module, ids: Tensor) -> Head:
 
     hook = head.register_forward_pre_hook(catch)
     try:
-        model(input_ids=ids, use_cache=False)
-    except _Caught:
-        pass
+        with contextlib.suppress(_Caught):  # the hook's own
+            model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
     softcap = getattr(model.config, "final_logit_softcapping", None)

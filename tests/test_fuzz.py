@@ -36,6 +36,8 @@ def test_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = campaign(6, tmp_path, seed=3, impls=names)
     assert first["problems"] == 4 and again["problems"] == 6 and not again["violations"]
     assert "6 random problems" in (tmp_path / "index.md").read_text()
+    (tmp_path / "summary.json").write_text(json.dumps(again | {"minutes": 5.0}))  # its time counts, another seed's not
+    assert campaign(6, tmp_path, seed=3, impls=names)["minutes"] >= 5 > campaign(1, tmp_path, seed=4)["minutes"]
 
 
 def test_campaign_reports_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
