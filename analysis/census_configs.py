@@ -21,7 +21,8 @@ WIDTH, FEED, LAYERS, HEADS = 32, 48, 2, 4
 LARGEST = 3_000_000  # parameters; a model beyond has a size that no name here reaches
 
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "embedding_size"), WIDTH),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "embedding_size",
+                     "hidden_size_global"), WIDTH),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner",
          "ffn_hidden_size", "feed_forward_size"), FEED,
@@ -59,16 +60,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
+    "blt_patcher": {"vocab_size": VOCABULARY + 12},  # it has logits of its own, which are not the head's
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "cpmant": {"prompt_length": 4, "prompt_types": 4, "segment_types": 4},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": FEED, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note": {"per_layer_config": {}},
     "dots3_note_text": {"per_layer_config": {}},
-    "dots3_note_vision_encoder": {"per_layer_config": {}},
-    "dots3_note_audio_encoder": {"per_layer_config": {}},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note_audio_encoder": {"per_layer_config": {}, "adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     "ernie4_5_moe": {"moe_k": 2},
     "gemma3n_text": {
         "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 8,
@@ -164,9 +165,11 @@ def build(model_type: str) -> nn.Module:
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = tiny(CONFIG_MAPPING[model_type], model_type)
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     cls = cls[0] if isinstance(cls, (tuple, list)) else cls
+    if "labels" not in inspect.signature(cls.forward).parameters:
+        raise ValueError(f"{cls.__name__}.forward takes no labels, so it has no loss")
+    config = tiny(CONFIG_MAPPING[model_type], model_type)
     if not isinstance(config, cls.config_class):  # the model of a part: the text's, the decoder's
         parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
         config = next((part for part in parts if isinstance(part, cls.config_class)), None) or tiny(
