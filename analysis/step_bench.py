@@ -17,6 +17,7 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import re
 import statistics
 import sys
 import time
@@ -51,22 +52,40 @@ def _liger_and_patch(model: nn.Module, **options: Any) -> None:
     cce_patch(model, **options)
 
 
-METHODS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+def _ours(megabytes: int | None, beside_liger: bool) -> tuple[str, Callable[[nn.Module], Any]]:
+    """What it is, and how it is put into a model: our patch with a workspace, with Liger's other kernels or without."""
+    options: dict[str, Any] = {} if megabytes is None else {"workspace_mb": megabytes}
+    call = f"`cce_patch(model{''.join(f', {name}={value}' for name, value in options.items())})`"
+    if beside_liger:
+        return f"Liger's RMSNorm and SwiGLU, then {call}", lambda model: _liger_and_patch(model, **options)
+    return call, lambda model: cce_patch(model, **options)
+
+
+OTHERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "unpatched": ("transformers as it is", lambda model: None),
-    "cce_exact": ("`cce_patch(model)`", cce_patch),
-    "cce_exact@2200MB": ("`cce_patch(model, workspace_mb=2200)`", lambda model: cce_patch(model, workspace_mb=2200)),
-    "cce_exact@64MB": ("`cce_patch(model, workspace_mb=64)`", lambda model: cce_patch(model, workspace_mb=64)),
     "liger-loss": ("Liger's fused loss alone", lambda model: _liger(model, fused_linear_cross_entropy=True)),
     "liger": (
         "Liger's loss, RMSNorm and SwiGLU",
         lambda model: _liger(model, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True),
     ),
-    "liger+cce_exact": ("Liger's RMSNorm and SwiGLU, then `cce_patch(model)`", _liger_and_patch),
-    "liger+cce_exact@64MB": (
-        "Liger's RMSNorm and SwiGLU, then `cce_patch(model, workspace_mb=64)`",
-        lambda model: _liger_and_patch(model, workspace_mb=64),
-    ),
 }
+METHODS = (
+    "unpatched", "cce_exact", "cce_exact@2200MB", "cce_exact@64MB", "cce_exact@30MB", "liger-loss", "liger",
+    "liger+cce_exact", "liger+cce_exact@64MB", "liger+cce_exact@30MB",
+)  # fmt: skip
+
+
+def method_of(name: str) -> tuple[str, Callable[[nn.Module], Any]]:
+    """What a method is, and what it does to a model: one of `OTHERS`, or [liger+]cce_exact[@<MiB>MB].
+
+    Raises ValueError for another name.
+    """
+    if name in OTHERS:
+        return OTHERS[name]
+    found = re.fullmatch(r"(liger\+)?cce_exact(?:@([1-9]\d*)MB)?", name)
+    if found is None:
+        raise ValueError(f"{name!r} is no method; known: {', '.join(OTHERS)}, [liger+]cce_exact[@<MiB>MB]")
+    return _ours(None if found[2] is None else int(found[2]), found[1] is not None)
 
 
 def batches(vocabulary: int, shape: tuple[int, int], seed: int = 0) -> Iterator[Tensor]:
@@ -137,7 +156,7 @@ def prepare(model: nn.Module, methods: list[str], tokens: Tensor) -> tuple[list[
     for name in methods:
         try:
             trial = copy.deepcopy(model)
-            METHODS[name][1](trial)
+            method_of(name)[1](trial)
             trial.train()(input_ids=tokens[:1, :64], labels=tokens[:1, :64]).loss.backward()
             trial.zero_grad(set_to_none=True)
         except Exception as error:  # a peer may miss or fail in any way; it is said in the rows
@@ -218,11 +237,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         peak = f"{max(m['peak_mib']):,.0f}" if m["peak_mib"] else "-"
         away = max(abs(a - b) for a, b in zip(m["losses"], base["losses"]))
         lines.append(
-            f"| {m['method']} | {METHODS[m['method']][0]} | {statistics.median(times):.2f} | {min(times):.2f} | {peak} "
-            f"| {m['losses'][-1]:.4f} | {away:.4f} |"
+            f"| {m['method']} | {method_of(m['method'])[0]} | {statistics.median(times):.2f} | {min(times):.2f} "
+            f"| {peak} | {m['losses'][-1]:.4f} | {away:.4f} |"
         )
     for name, reason in head["refused"].items():
-        lines.append(f"| {name} | {METHODS[name][0]} | left out: {reason} | | | | |")
+        lines.append(f"| {name} | {method_of(name)[0]} | left out: {reason} | | | | |")
     lines += ["", "Losses:", "", "| step | " + " | ".join(m["method"] for m in methods) + " |"]
     lines.append("|---" * (len(methods) + 1) + "|")
     steps = len(base["losses"])
@@ -238,8 +257,10 @@ def _warm(row: dict[str, Any]) -> int:
 def _methods(text: str) -> list[str]:
     chosen = [name.strip() for name in text.split(",") if name.strip()]
     for name in chosen:
-        if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no method; known: {', '.join(METHODS)}")
+        try:
+            method_of(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return chosen
 
 
