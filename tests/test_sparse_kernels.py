@@ -206,7 +206,11 @@ def test_the_lists_lie_in_the_workspace_and_hold_everything_where_it_fits() -> N
         pool = torch.zeros(size // 4)
         buffers = Buffers.of(pool, hits, entries)
         lists = [getattr(buffers, field.name) for field in dataclasses.fields(buffers)]
-        assert [x.numel() for x in lists] == [hits] * 4 + [entries] * 3
+        assert [x.numel() for x in lists] == [hits, hits, entries, hits, hits, entries, entries]
+        ends = [x.data_ptr() + x.nbytes - pool.data_ptr() for x in lists]
+        assert (
+            max(ends[:4]) <= Buffers.by_token(hits, entries) <= min(e - x.nbytes for e, x in zip(ends[4:], lists[4:]))
+        )
         places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in lists)
         assert places[0][0] >= pool.data_ptr() and places[-1][1] <= pool.data_ptr() + pool.nbytes
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))

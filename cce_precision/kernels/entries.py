@@ -177,10 +177,10 @@ class Buffers:
     """Where hits and kept entries are listed. Capacities instead of sizes."""
 
     tokens: Tensor  # (hits,) int32 by slot
-    blocks: Tensor  # (hits,) int32 by token
-    masks: Tensor  # (hits,) int16 by slot: bit k is whether column k of the block is kept
     offsets: Tensor  # (hits,) int32 by slot: where its values begin
     values: Tensor  # (entries,) fp32: x, the columns of a hit in their order
+    masks: Tensor  # (hits,) int16 by slot: bit k is whether column k of the block is kept
+    blocks: Tensor  # (hits,) int32 by token
     columns: Tensor  # (entries,) int32 by token
     weights: Tensor  # (entries,) fp32 by token: x
 
@@ -190,11 +190,16 @@ class Buffers:
     @staticmethod
     def of(pool: Tensor, hits: int, entries: int) -> Buffers:
         """In the pool (fp32), A_HIT bytes a hit and AN_ENTRY an entry, rounded up to 4 bytes."""
-        words = (hits, hits, hits, entries, entries, entries, -(-hits // 2))
-        tokens, blocks, offsets, values, columns, weights, masks = pool[: sum(words)].split(words)
-        ints = (x.view(torch.int32) for x in (tokens, blocks, offsets, columns))
-        tokens, blocks, offsets, columns = ints
-        return Buffers(tokens, blocks, masks.view(torch.int16)[:hits], offsets, values, columns, weights)
+        words = (hits, hits, entries, -(-hits // 2), hits, entries, entries)
+        tokens, offsets, values, masks, blocks, columns, weights = pool[: sum(words)].split(words)
+        ints = (x.view(torch.int32) for x in (tokens, offsets, blocks, columns))
+        tokens, offsets, blocks, columns = ints
+        return Buffers(tokens, offsets, values, masks.view(torch.int16)[:hits], blocks, columns, weights)
+
+    @staticmethod
+    def by_token(hits: int, entries: int) -> int:
+        """Where in the pool, in bytes, the lists by token begin; those by slot lie before it."""
+        return 4 * (2 * hits + entries + -(-hits // 2))
 
 
 @dataclass(frozen=True)

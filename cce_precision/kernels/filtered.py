@@ -43,7 +43,6 @@ from .terms import (
 __all__ = ["backward_filtered", "capacity", "occupancy"]
 
 DEFAULT_WORKSPACE_MB = 80  # with the record at N = 8192, V = 256000 less than 128 MB
-TAIL_SHARE = 8  # an eighth of the workspace is for a subset filter's last columns of dC
 MOST_HITS = 2**26  # entries are numbered by int32
 WORTH_IT = 16  # blocks for each hit: with more hits the exact way is the faster one (on an H200 from some 13 on)
 
@@ -87,27 +86,20 @@ class Workspace:
 
     pool: Tensor  # fp32, all of it
     buffers: Buffers
-    tail: Tensor  # uint8: for a run of a subset filter's tail
+    tail: Tensor  # uint8: for runs of a subset filter's tail, over the lists by token, which dE alone needs
 
     @staticmethod
     def of(problem: Problem, plan: Plan) -> Workspace:
-        size = pool_size(problem, plan)
-        pool = torch.empty(size // 4, dtype=torch.float32, device=problem.e.device)
-        lists = sparse_size(problem, plan)
-        buffers = Buffers.of(pool, *capacities(problem.n, -(-problem.v // BLOCK), lists))
-        return Workspace(pool, buffers, pool.view(torch.uint8)[lists:])
+        pool = torch.empty(pool_size(problem, plan) // 4, dtype=torch.float32, device=problem.e.device)
+        hits, entries = capacities(problem.n, -(-problem.v // BLOCK), pool.nbytes)
+        start = Buffers.by_token(hits, entries)
+        return Workspace(pool, Buffers.of(pool, hits, entries), pool.view(torch.uint8)[-(-start // 256) * 256 :])
 
 
 def pool_size(problem: Problem, plan: Plan) -> int:
     """Bytes of the workspace, a multiple of 256: what the caller allows, or what the exact way needs at least."""
     megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
     return -(-max(megabytes * 2**20, least_pool(problem)) // 256) * 256
-
-
-def sparse_size(problem: Problem, plan: Plan) -> int:
-    """Bytes of the workspace for hits and kept entries."""
-    size = pool_size(problem, plan)
-    return size - size // TAIL_SHARE // 256 * 256 if plan.variant.filter_e.kind is FilterKind.SUBSET else size
 
 
 def capacities(n: int, blocks: int, size: int) -> tuple[int, int]:
@@ -131,7 +123,7 @@ def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record:
 
 def capacity(problem: Problem, plan: Plan) -> int:
     """How many hits the workspace holds. With more of them a sparse pass takes the exact dense way."""
-    return capacities(problem.n, -(-problem.v // BLOCK), sparse_size(problem, plan))[0]
+    return capacities(problem.n, -(-problem.v // BLOCK), pool_size(problem, plan))[0]
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
@@ -181,12 +173,12 @@ def sparse(
         base = None if tail is None else tail_of_rows(problem, terms, tail, shift_e, d_c)
         finish_rows(problem, terms, entries, d_e, base, shift_e)
         del base
+    seen = None if plan.tolerance is None else seen_of(problem, terms, entries, kept, heads.nll)
     if tail is not None and (need_c or need_bias):
         tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c, dense_way)
     elif need_c or need_bias:
         finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift_c)
-    if plan.tolerance is not None and (need_e or need_c):
-        seen = seen_of(problem, terms, entries, kept, heads.nll)
+    if plan.tolerance is not None and seen is not None and (need_e or need_c):
         if tail is not None and tail.energies is not None:
             seen = dataclasses.replace(seen, energy_e=tail.energies[0], energy_c=tail.energies[1])
         broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
