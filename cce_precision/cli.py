@@ -445,6 +445,7 @@ def choose(
     impl: str = typer.Option("all", help="Candidates to measure, by name, separated by commas."),
     rows: int = typer.Option(256, min=1, help="Rows of each gradient to look at, more where they do not decide."),
     seed: int = typer.Option(0, help="Seed of the sample, of synthetic cases and of variants that sample."),
+    threads: int = typer.Option(1, min=1, help="Of a CPU; a single one counts its own time, whatever else runs."),
     as_json: bool = typer.Option(False, "--json", help="The choice as JSON."),
 ) -> None:
     """Which variant to take: by measurement on data, or by prediction for --tokens, --vocab and --dim; exit code 1 if
@@ -455,6 +456,7 @@ def choose(
     from cce_precision.analysis import choose as choices
     from cce_precision.analysis import sampled
 
+    torch.set_num_threads(threads)
     limits: dict[str, Any] = {"tolerance": tolerance or None, "memory_mb": memory_mb or None}
     with bad_option():
         if bool(vocab) != bool(dim):
