@@ -50,6 +50,7 @@ __all__ = ["BLOCK", "forward", "found_again", "kept_filter", "leaves_record", "r
 
 BLOCK = 16  # columns
 FIRST_COLUMNS = 2048  # whose log-sum-exp is known before the walk
+EVERY_THREAD = tl.constexpr(512)  # at least the threads of a program, a power of two
 _COMBINE_ROWS = 128
 
 
@@ -184,6 +185,8 @@ def hits_kernel(
     first = split * tiles_a_split
     last = tl.minimum(first + tiles_a_split, tl.cdiv(v, N))
     for tile in tl.range(first, last, flatten=FLATTEN):
+        if FLAGS[2]:
+            beyond_room = tl.load(hits + tl.zeros((EVERY_THREAD,), tl.int32), volatile=True)
         acc = tl.zeros((M, N), tl.float32)
         for k in range(0, d, K):
             left = load_tile(e, stride_e, block * M, k, n, d, M, K, TMA)
@@ -199,8 +202,8 @@ def hits_kernel(
         hit = (local >= 0) & (local < N)
         lowest = known + log_eps
         full = False
-        if FLAGS[2]:
-            full = tl.load(hits, volatile=True) > 0
+        if FLAGS[2]:  # threads that read at different times must not go different ways: one answer for all of them
+            full = tl.max(beyond_room, 0) > 0
         if FLAGS[2]:
             if tl.sum(hit.to(tl.int32)) > 0:  # few tiles hold a target
                 own = columns[None, :] == target[:, None]
