@@ -13,6 +13,7 @@ from cce_precision.analysis.bounds import AMPERE, HOPPER, bound
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import truth
+from cce_precision.kernels import dense
 from cce_precision.problem import Plan, Problem, Upstream
 
 pytestmark = pytest.mark.gpu
@@ -53,13 +54,33 @@ def run(problem: Problem, impl: str, workspace_mb: int | None = None) -> tuple[T
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_within_the_bounds(impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    within_the_bounds(impl, shape, dtype)
+
+
+@pytest.mark.parametrize("impl", ["cce_exact", "cce_split", "cce_no_filter"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1000, 5003, 520), (1500, 20_000, 264), (900, 3001, 403)])
+def test_dE_by_chunks_of_tokens_is_within_the_bounds(
+    impl: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    n, v, d = shape
+    e, c = torch.empty(n, d, device="cuda", dtype=dtype), torch.empty(v, d, device="cuda", dtype=dtype)
+    problem = Problem(e, c, torch.zeros(n, dtype=torch.int64))
+    plan = Plan(variants.get(impl), workspace_mb=1 + 2 * n * d // 2**20)
+    assert dense.goes_by_tokens(problem, plan, (True, True, False)) and dense.chunk_of_tokens(problem, plan)[0] < n
+    within_the_bounds(impl, shape, dtype, plan.workspace_mb)
+
+
+def within_the_bounds(
+    impl: str, shape: tuple[int, int, int], dtype: torch.dtype, workspace_mb: int | None = None
+) -> None:
     problem = problem_of(*shape, dtype, ignored=True)
     host = Problem(problem.e.cpu(), problem.c.cpu(), problem.targets.cpu())
     objective = build(Knobs(n=shape[0], v=shape[1], d=shape[2])).objective
     plan = Plan(variants.get(impl))
     machine = HOPPER if torch.cuda.get_device_capability()[0] >= 9 else AMPERE
     exact, allowed = truth(host, objective), bound(host, plan, objective, machine=machine)
-    loss, d_e, d_c = (x.cpu() for x in run(problem, impl))
+    loss, d_e, d_c = (x.cpu() for x in run(problem, impl, workspace_mb))
     for name, got in (("value", loss.reshape(())), ("dE", d_e), ("dC", d_c)):
         comparison = compare(got, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name))
         assert comparison.holds and comparison.tells, (name, comparison)
@@ -198,3 +219,22 @@ def test_memory_of_the_forward_pass() -> None:
     before = torch.cuda.memory_allocated()
     kernels.forward(problem, plan)
     assert torch.cuda.max_memory_allocated() - before <= 2**20
+
+
+@pytest.mark.parametrize("impl", ["cce_exact", "cce_split"])
+def test_memory_of_the_backward_pass_in_a_small_workspace(impl: str) -> None:
+    """Beside dC the workspace, of which the copy of e is dE in the end, and vectors: 256 bytes a token and 16 a column
+    are more than all of them. The allocator may leave up to 1 MiB unused in each block beyond that."""
+    n, v, d, megabytes = 8192, 64_000, 256, 12
+    problem, upstream = problem_of(n, v, d, torch.bfloat16), Upstream(torch.rand(n, device="cuda"))
+    plan, seed = Plan(variants.get(impl), workspace_mb=megabytes), torch.zeros((), dtype=torch.int64, device="cuda")
+    assert dense.goes_by_tokens(problem, plan, (True, True, False))
+    heads, _ = kernels.forward(problem, plan)
+    kernels.backward(problem, plan, heads, upstream, (True, True, False), seed)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = kernels.backward(problem, plan, heads, upstream, (True, True, False), seed)
+    most = 2 * v * d + megabytes * 2**20 + 256 * n + 16 * v + 4 * 2**20
+    assert torch.cuda.max_memory_allocated() - before <= most
+    assert all(x is not None and x.any() for x in found[:2])

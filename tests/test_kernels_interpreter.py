@@ -86,6 +86,75 @@ def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 1.0) -
     return Problem(e, torch.randn(v, d).to(dtype), torch.randint(0, v, (n,)))
 
 
+@pytest.mark.parametrize(
+    ("impl", "need"),
+    [
+        ("cce_split", (True, True, True)),
+        ("cce_no_filter", (True, True, True)),
+        ("cce_exact", (True, False, False)),
+        ("cce_exact", (True, False, True)),
+    ],
+)
+def test_dE_goes_by_chunks_of_tokens_where_the_workspace_is_small(
+    impl: str, need: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the bounds, in several chunks of tokens and runs of columns; the other gradients have the same bits."""
+    from cce_precision.kernels import dense
+
+    k = Knobs(
+        seed=5, n=40, v=300, d=6, impl=impl, bias="fp32", scale=3.0, temperature=0.7, label_smoothing=0.1,
+        class_weight=True, ignored="some", nan_ignored=True, use_lse=True, use_entropy=True, upstream="random",
+        reduction="none",
+    )  # fmt: skip
+    call, chunks = build(k), []
+    plain = outputs(call)
+    whole = dense.embeddings_by_tokens
+    asked = lambda problem, plan, need: need[0] and not plan.partial_e  # noqa: E731
+    monkeypatch.setattr(dense, "goes_by_tokens", asked)
+    monkeypatch.setattr(dense, "chunk_of_tokens", lambda problem, plan: (32, 256))
+    monkeypatch.setattr(dense, "embeddings_by_tokens", lambda *x: chunks.append(x) or whole(*x))
+    if need == (True, True, True):
+        found = outputs(call)
+        verdict = judge_outputs(
+            call, found, truth(call.problem, call.objective),
+            bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER),
+        )  # fmt: skip
+        assert verdict.holds and verdict.quantities["dE"].tells, str(verdict)
+        assert all(torch.equal(found[x].nan_to_num(), plain[x].nan_to_num()) for x in found if x != "dE")
+    else:
+        heads, _ = kernels.forward(call.problem, call.plan)
+        upstream, seed = Upstream(torch.rand(k.n)), torch.zeros((), dtype=torch.int64)
+        three = kernels.backward(call.problem, call.plan, heads, upstream, (True, True, True), seed)
+        some = kernels.backward(call.problem, call.plan, heads, upstream, need, seed)
+        for wanted, a, b in zip(need, three, some):
+            assert (b is not None) == wanted
+            assert not wanted or (a is not None and b is not None and b.any() and torch.equal(a, b))
+    assert chunks
+
+
+def test_what_a_small_workspace_holds() -> None:
+    """Chunks of tokens fit beside the copy of e wherever that leaves room for two row blocks and the narrowest run."""
+    from cce_precision.kernels import dense
+
+    for n, v, d, megabytes in (
+        (16384, 131072, 512, 30),
+        (8192, 256000, 2304, 60),
+        (70_000, 5000, 64, 20),
+        (300, 9, 8, 1),
+    ):
+        shape = {"dtype": torch.bfloat16, "device": "meta"}
+        problem = Problem(torch.empty(n, d, **shape), torch.empty(v, d, **shape), torch.empty(n, device="meta"))
+        for variant in (EXACT, variants.get("cce_split")):
+            plan = Plan(variant, workspace_mb=megabytes)
+            tokens, width = dense.chunk_of_tokens(problem, plan)
+            size = 2 * width * (2 if variant.name == "cce_split" else 1)
+            assert 0 < tokens <= n and 0 < width <= -(-v // 8) * 8
+            assert 2 * n * d + tokens * (4 * d + size) <= megabytes * 2**20
+            assert dense.goes_by_tokens(problem, plan, (True, True, False)) == (n > 300)
+            assert not dense.goes_by_tokens(problem, plan, (False, True, False))
+            assert not dense.goes_by_tokens(problem, Plan(variant), (True, True, False))
+
+
 @pytest.mark.parametrize("impl", ["cce", "cce_kahan"])
 def test_the_same_tiles_survive_as_in_the_eager_pass(impl: str) -> None:
     variant = dataclasses.replace(variants.get(impl).with_eps(0.02), tile=(16, 32))

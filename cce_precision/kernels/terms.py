@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -50,6 +50,11 @@ class RowTerms:
     @property
     def sigma(self) -> Tensor:
         return self.terms[4]
+
+    def of(self, chunk: slice) -> RowTerms:
+        """Those of some tokens, beside each other."""
+        rows = self.terms[:, chunk].contiguous()
+        return replace(self, targets=self.targets[chunk], terms=rows, label=self.label[chunk])
 
 
 def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, targets: Tensor) -> RowTerms:
