@@ -14,6 +14,7 @@ from cce_precision.analysis.bounds import AMPERE, HOPPER, bound
 from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.references import Objective, truth
+from cce_precision.kernels.answer import Answer
 from cce_precision.problem import Plan, Problem, Upstream
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +96,20 @@ def test_same_bits_over_poisoned_memory(impl: str, full: bool, monkeypatch: pyte
     torch.full((2**28,), torch.nan, device="cuda")  # freed at once: the next allocations find NaN
     for a, b in zip(first, gradients(problem, plan)):
         assert bool(a.any()) and bool(a.isfinite().all()) and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("full", [False, True])
+def test_same_bits_whatever_the_host_knows_of_the_way(impl: str, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, plan = problem_of(300, 3003, 64), Plan(variants.get(impl).with_eps(2.0**-8), workspace_mb=1)
+    if full:
+        overflow(monkeypatch)
+    found = []
+    for knows in (lambda answer: None, lambda answer: bool(answer.flag), Answer.known):
+        monkeypatch.setattr(Answer, "known", knows)
+        found.append(gradients(problem, plan))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    assert all(bool(x.any()) for x in found[0])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
