@@ -4,6 +4,7 @@ picture."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ HEADINGS = (
     "method", "fw ms", "bw ms", "fw+bw ms", "+-", "fw/G", "fw+bw/G", "graph/G", "MiB fw", "MiB fw+bw",
     "loss error", "dE error", "dC error", "note",
 )  # fmt: skip
+
+MOST_JOBS = 3  # of a shape; with more it has been swept
 
 
 def _number(value: float | None, form: str) -> str:
@@ -73,10 +76,20 @@ def table(rows: list[Row]) -> Any:
 
 
 def _jobs(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each job; shapes as they come, one with fewer jobs first, those of one by size."""
     jobs: dict[str, list[Row]] = {}
     for row in rows:
         jobs.setdefault(_title(row), []).append(row)
-    return list(jobs.values())
+    shapes = Counter(job[0]["shape"] for job in jobs.values())
+    many = {shape for shape, count in shapes.items() if count > MOST_JOBS}
+    order = list(shapes)
+
+    def place(job: list[Row]) -> tuple[Any, ...]:
+        first = job[0]
+        size = (first["v"], first["n"]) if first["shape"] in many else ()
+        return first["shape"] in many, order.index(first["shape"]), size
+
+    return sorted(jobs.values(), key=place)
 
 
 def picture(rows: list[Row]) -> Figure:
