@@ -75,21 +75,15 @@ def table(rows: list[Row]) -> Any:
     return drawn
 
 
-def _jobs(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each job; shapes as they come, one with fewer jobs first, those of one by size."""
+def _jobs(rows: Iterable[Row]) -> tuple[list[list[Row]], list[list[Row]]]:
+    """The rows of each job: those of shapes with few of them, in their order, and those of swept shapes, by size."""
     jobs: dict[str, list[Row]] = {}
     for row in rows:
         jobs.setdefault(_title(row), []).append(row)
     shapes = Counter(job[0]["shape"] for job in jobs.values())
-    many = {shape for shape, count in shapes.items() if count > MOST_JOBS}
-    order = list(shapes)
-
-    def place(job: list[Row]) -> tuple[Any, ...]:
-        first = job[0]
-        size = (first["v"], first["n"]) if first["shape"] in many else ()
-        return first["shape"] in many, order.index(first["shape"]), size
-
-    return sorted(jobs.values(), key=place)
+    few = [job for shape in shapes if shapes[shape] <= MOST_JOBS for job in jobs.values() if job[0]["shape"] == shape]
+    swept = [job for job in jobs.values() if shapes[job[0]["shape"]] > MOST_JOBS]
+    return few, sorted(swept, key=lambda job: (job[0]["shape"], job[0]["v"], job[0]["n"]))
 
 
 def picture(rows: list[Row]) -> Figure:
@@ -184,12 +178,13 @@ def _best(rows: list[Row]) -> list[tuple[str, str, str]]:
 
 
 def write(rows: list[Row], out: Path) -> Path:
-    """Writes `out`/index.html and returns its path; beside it the picture of the first job, as SVG and PNG."""
+    """Writes `out`/index.html and returns its path; beside it the first picture, as SVG and PNG."""
     import cce_precision.analysis.bench as bench
 
     give_marks(row["method"] for row in rows if row["kind"] == "loss-fw-bw")
-    jobs = _jobs(rows)
-    drawn = filter(None, (*map(picture, jobs), *_growth(rows)))
+    few, swept = _jobs(rows)
+    jobs = few + swept
+    drawn = filter(None, (*map(picture, few), *_growth(rows), *map(picture, swept)))
     figures = [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(drawn)]  # a name of its own each
     kept = [out / f"time-memory-error.{kind}" for kind in ("svg", "png")]
     runs = dict.fromkeys(f"commit {row['commit']}, {row['measured_at']}" for row in rows)
