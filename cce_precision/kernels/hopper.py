@@ -119,33 +119,12 @@ def either(a, b):
 
 
 @gluon.jit
-def softmax_half(
-    left,
-    right,
-    full,
-    free,
-    targets,
-    bias,
-    partial,
-    target_logit,
-    bounds,
-    record,
-    block,
-    split,
-    first,
-    last,
-    n,
-    v,
-    d,
-    splits,
-    scale,
-    softcap,
-    threshold,
-    FLAGS: gl.constexpr,
-    WHICH: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
+    (
+        left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
+        last, n, v, d, splits, scale, softcap, threshold,
+    ) = shared  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
@@ -232,66 +211,14 @@ def hopper_forward_kernel(
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
+    shared = (
+        left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
+        last, n, v, d, splits, scale, softcap, threshold,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                softmax_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    targets,
-                    bias,
-                    partial,
-                    target_logit,
-                    bounds,
-                    record,
-                    block,
-                    split,
-                    first,
-                    last,
-                    n,
-                    v,
-                    d,
-                    splits,
-                    scale,
-                    softcap,
-                    threshold,
-                    FLAGS,
-                    gl.constexpr(0),
-                    STAGES,
-                ),
-            ),
-            (
-                softmax_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    targets,
-                    bias,
-                    partial,
-                    target_logit,
-                    bounds,
-                    record,
-                    block,
-                    split,
-                    first,
-                    last,
-                    n,
-                    v,
-                    d,
-                    splits,
-                    scale,
-                    softcap,
-                    threshold,
-                    FLAGS,
-                    gl.constexpr(1),
-                    STAGES,
-                ),
-            ),
+            (softmax_half, (shared, FLAGS, STAGES, gl.constexpr(0))),
+            (softmax_half, (shared, FLAGS, STAGES, gl.constexpr(1))),
             (
                 copy_tiles,
                 (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES),

@@ -32,38 +32,14 @@ def store_half(out, dz, value, block, tile, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def dz_half(
-    left,
-    right,
-    full,
-    free,
-    out,
-    dz,
-    dz_low,
-    targets,
-    rows_terms,
-    label,
-    bias,
-    row_stats,
-    chosen,
-    alive,
-    n,
-    width,
-    d,
-    start,
-    units,
-    blocks,
-    tiles,
-    temperature,
-    softcap,
-    FLAGS: gl.constexpr,
-    WHICH: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def dz_half(shared, FLAGS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared
     memory.
     """
+    (
+        left, right, full, free, out, dz, dz_low, targets, rows_terms, label, bias, row_stats, chosen, alive,
+        n, width, d, start, units, blocks, tiles, temperature, softcap,
+    ) = shared  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
@@ -172,72 +148,14 @@ def hopper_dz_kernel(
         units *= gl.load(active)
     first, last, step = gl.program_id(0), units, gl.num_programs(0)
     never = gl.to_tensor(-1)
+    shared = (
+        left, right, full, free, out, dz, dz_low, targets, rows_terms, label, bias, row_stats, chosen, alive,
+        n, width, d, start, units, blocks, tiles, temperature, softcap,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                dz_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    out,
-                    dz,
-                    dz_low,
-                    targets,
-                    rows_terms,
-                    label,
-                    bias,
-                    row_stats,
-                    chosen,
-                    alive,
-                    n,
-                    width,
-                    d,
-                    start,
-                    units,
-                    blocks,
-                    tiles,
-                    temperature,
-                    softcap,
-                    FLAGS,
-                    gl.constexpr(0),
-                    GROUP,
-                    STAGES,
-                ),
-            ),
-            (
-                dz_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    out,
-                    dz,
-                    dz_low,
-                    targets,
-                    rows_terms,
-                    label,
-                    bias,
-                    row_stats,
-                    chosen,
-                    alive,
-                    n,
-                    width,
-                    d,
-                    start,
-                    units,
-                    blocks,
-                    tiles,
-                    temperature,
-                    softcap,
-                    FLAGS,
-                    gl.constexpr(1),
-                    GROUP,
-                    STAGES,
-                ),
-            ),
+            (dz_half, (shared, FLAGS, GROUP, STAGES, gl.constexpr(0))),
+            (dz_half, (shared, FLAGS, GROUP, STAGES, gl.constexpr(1))),
             (
                 copy_tiles,
                 (

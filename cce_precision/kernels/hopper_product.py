@@ -210,33 +210,12 @@ def add_to_sums(staging, sums, acc, row, feature, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def multiply_half(
-    left,
-    right,
-    full,
-    free,
-    staging,
-    out,
-    sum_e,
-    e_rows,
-    tokens,
-    starts,
-    targets,
-    label,
-    scale,
-    shape,
-    across,
-    turns,
-    own,
-    early,
-    ahead,
-    remainder,
-    rows_first,
-    FLAGS: gl.constexpr,
-    WHICH: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def multiply_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer: 64 rows of every tile of its program."""
+    (
+        left, right, full, free, staging, out, sum_e, e_rows, tokens, starts, targets, label, scale, shape,
+        across, turns, own, early, ahead, remainder, rows_first,
+    ) = shared  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     n, width, d, start, v = shape
     step = 0
@@ -299,66 +278,14 @@ def hopper_product_kernel(
     if FLAGS[4]:
         turns *= gl.load(active)
     rows_first = rows_first != 0
+    shared = (
+        left, right, full, free, staging, out, sum_e, e_rows, tokens, starts, targets, label, scale, shape,
+        across, turns, own, early, ahead, remainder, rows_first,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                multiply_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    staging,
-                    out,
-                    sum_e,
-                    e_rows,
-                    tokens,
-                    starts,
-                    targets,
-                    label,
-                    scale,
-                    shape,
-                    across,
-                    turns,
-                    own,
-                    early,
-                    ahead,
-                    remainder,
-                    rows_first,
-                    FLAGS,
-                    gl.constexpr(0),
-                    STAGES,
-                ),
-            ),
-            (
-                multiply_half,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    staging,
-                    out,
-                    sum_e,
-                    e_rows,
-                    tokens,
-                    starts,
-                    targets,
-                    label,
-                    scale,
-                    shape,
-                    across,
-                    turns,
-                    own,
-                    early,
-                    ahead,
-                    remainder,
-                    rows_first,
-                    FLAGS,
-                    gl.constexpr(1),
-                    STAGES,
-                ),
-            ),
+            (multiply_half, (shared, FLAGS, STAGES, gl.constexpr(0))),
+            (multiply_half, (shared, FLAGS, STAGES, gl.constexpr(1))),
             (
                 copy_operands,
                 (

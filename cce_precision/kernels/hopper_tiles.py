@@ -69,29 +69,16 @@ def add_rounded(total, lost, value, KAHAN: gl.constexpr):
 
 @gluon.jit
 def sum_survivors(
-    left,
-    right,
-    full,
-    free,
-    counts,
-    out,
-    lost_sums,
-    order,
-    factor,
-    shift,
-    scale,
-    owner,
-    first,
-    rows_end,
-    d,
-    WHICH: gl.constexpr,
+    shared,
     FEATURES: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     KAHAN: gl.constexpr,
     FLAGS: gl.constexpr,
     STAGES: gl.constexpr,
+    WHICH: gl.constexpr,
 ):
     """One consumer: 64 rows of the output."""
+    left, right, full, free, counts, out, lost_sums, order, factor, shift, scale, owner, first, rows_end, d = shared
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
@@ -168,60 +155,13 @@ def hopper_tile_product_kernel(
         mbarrier.init(free.index(i), count=2)
     owner = gl.program_id(0)
     first = gl.program_id(1) * FEATURES
+    shared = (
+        left, right, full, free, counts, out, lost, order, factor, shift, scale, owner, first, rows_end, d,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                sum_survivors,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    counts,
-                    out,
-                    lost,
-                    order,
-                    factor,
-                    shift,
-                    scale,
-                    owner,
-                    first,
-                    rows_end,
-                    d,
-                    gl.constexpr(0),
-                    FEATURES,
-                    TRANSPOSED,
-                    KAHAN,
-                    FLAGS,
-                    STAGES,
-                ),
-            ),
-            (
-                sum_survivors,
-                (
-                    left,
-                    right,
-                    full,
-                    free,
-                    counts,
-                    out,
-                    lost,
-                    order,
-                    factor,
-                    shift,
-                    scale,
-                    owner,
-                    first,
-                    rows_end,
-                    d,
-                    gl.constexpr(1),
-                    FEATURES,
-                    TRANSPOSED,
-                    KAHAN,
-                    FLAGS,
-                    STAGES,
-                ),
-            ),
+            (sum_survivors, (shared, FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES, gl.constexpr(0))),
+            (sum_survivors, (shared, FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES, gl.constexpr(1))),
             (
                 copy_survivors,
                 (dz, other, left, right, full, free, places, counts, walked, owner, first, TRANSPOSED, STAGES),
