@@ -30,8 +30,8 @@ import torch
 from cce_precision.analysis.audit_checks import CHECKS, Check, NotOffered, fuzzed, missing
 from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import Target, Unavailable
-from cce_precision.analysis.audit_trials import Finding, Subject, Trial, smaller
-from cce_precision.analysis.fuzz_campaign import settle, shrink
+from cce_precision.analysis.audit_trials import Finding, Subject, Trial, plainer
+from cce_precision.analysis.fuzz_campaign import settle
 from cce_precision.analysis.isolation import Lost, isolated
 from cce_precision.analysis.provenance import commit
 
@@ -40,6 +40,8 @@ __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
 STATUSES = ("pass", "fail", "limit", "not offered")
 SECONDS = 300.0  # for one check, its failure made small included
 SHRINKING = 6.0  # of the processor, for making a failure small
+LATEST = 50.0  # by the clock, for the same: a compiler works in other processes
+PROGRAM = 90.0  # for one of the two programs that may be run
 REFUSALS = (NotImplementedError, TypeError, ValueError, AssertionError)  # how a function says that it cannot
 
 
@@ -97,24 +99,49 @@ def _excused(f: Finding) -> bool:
     return f.note.startswith("within the bound of")
 
 
+def _plainest(trial: Trial, fails: Callable[[Trial], bool]) -> Trial:
+    """The plainest trial that fails as this one does, of those that Hypothesis (where it is installed) finds in time."""
+    try:
+        from hypothesis import HealthCheck, Phase, Verbosity, errors, find, settings
+    except ModuleNotFoundError:
+        return trial
+
+    ends, latest = time.process_time() + SHRINKING, time.monotonic() + LATEST
+    known = {trial: True}
+
+    def still(candidate: Trial) -> bool:
+        if candidate not in known:
+            known[candidate] = time.process_time() < ends and time.monotonic() < latest and fails(candidate)
+        return known[candidate]
+
+    how = settings(
+        database=None,
+        deadline=None,
+        derandomize=True,
+        max_examples=100,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
+    with contextlib.suppress(errors.NoSuchExample):
+        return find(plainer(trial), still, settings=how)
+    return trial
+
+
 def _small(subject: Subject, check: Check, worst: Finding) -> Finding:
     """The failure on the smallest trial found."""
-    ends = time.process_time() + SHRINKING
-    latest = worst
+    failing = {worst.trial: worst}
 
     def fails(trial: Trial) -> bool:
-        nonlocal latest
-        if time.process_time() > ends or missing(subject.target, trial):
-            return False
-        with contextlib.suppress(Exception):
-            for f in check.measure(subject, trial):
-                if f.quantity == worst.quantity and not f.holds and not _excused(f) and _alike(f, worst):
-                    latest = f
-                    return True
+        if not missing(subject.target, trial):
+            with contextlib.suppress(Exception):
+                for f in check.measure(subject, trial):
+                    if f.quantity == worst.quantity and not f.holds and not _excused(f) and _alike(f, worst):
+                        failing[trial] = f
+                        return True
         return False
 
-    shrink(worst.trial, fails, smaller)
-    return latest
+    return failing[_plainest(worst.trial, fails)]
 
 
 def _alike(f: Finding, worst: Finding) -> bool:
@@ -142,9 +169,9 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
             return type(other) is kind
         return False
 
-    small = shrink(trial, fails, smaller, tries=60) if check.minimal else trial
-    text = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, ((small, None), (trial, None)))
-    return Outcome(check.name, "fail", f"raises {said}", snippet=text)
+    small = _plainest(trial, fails) if check.minimal else trial
+    text, lack = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, ((small, None), (trial, None)))
+    return Outcome(check.name, "fail", f"raises {said}{lack}", snippet=text)
 
 
 def examine(task: tuple[Target, str, str]) -> Outcome:
@@ -197,8 +224,8 @@ def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
     if not check.minimal:
         return Outcome(check.name, "fail", said, records)
     small = _small(subject, check, worst)
-    text = _program(subject, check, said, "AssertionError", ((small.trial, small), (worst.trial, worst)))
-    return Outcome(check.name, "fail", said, records, text)
+    text, lack = _program(subject, check, said, "AssertionError", ((small.trial, small), (worst.trial, worst)))
+    return Outcome(check.name, "fail", said + lack, records, text)
 
 
 def _summary(f: Finding) -> str:
@@ -217,30 +244,34 @@ def _summary(f: Finding) -> str:
 
 def _program(
     subject: Subject, check: Check, said: str, error: str, candidates: Iterable[tuple[Trial, Finding | None]]
-) -> str:
+) -> tuple[str, str]:
     """The first program of trials (with what was found, or None where they raise) that fails with an error when it is
-    run: what was small here may not fail alone, as a compiler remembers shapes. Empty if none does.
+    run: what was small here may not fail alone, as a compiler remembers shapes. Where none does, no text, and how the
+    last one ended.
     """
+    ending = ""
     for trial, found in dict.fromkeys(candidates):
         text = snippet(subject, trial, said, found, raising=found is None, form=check.form)
-        if _fails(text, error):
-            return text
-    return ""
+        ending = _ending(text)
+        if error in ending:
+            return text, ""
+    return "", f"; as a program of its own it ends with: {(ending.splitlines() or ['no error'])[-1][:200]}"
 
 
-def _fails(text: str, error: str) -> bool:
-    """Whether a program ends with an error."""
+def _ending(text: str) -> str:
+    """What a program says as it fails; empty where it ends well."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "snippet.py"
         path.write_text(text)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+        command = [sys.executable, str(path)]
         try:
             done = subprocess.run(
-                [sys.executable, str(path)], capture_output=True, text=True, timeout=120, env=environment, check=False
+                command, capture_output=True, text=True, timeout=PROGRAM, env=environment, check=False
             )
         except subprocess.TimeoutExpired:
-            return False
-    return bool(done.returncode) and error in done.stderr
+            return f"no answer within {PROGRAM:g} s"
+    return (done.stderr or f"code {done.returncode}") if done.returncode else ""
 
 
 # A card.
@@ -268,7 +299,7 @@ def audit(
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     tasks = [(target, device, name) for target in targets for name in checks]
     found: dict[str, dict[str, Outcome]] = {target.name: {} for target in targets}
-    settings = {"OMP_NUM_THREADS": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_STORAGE_DIRECTORY": os.devnull}  # no folder where it is run
     results = isolated(examine, tasks, workers=workers, seconds=SECONDS, environment=settings)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(results):
         for (target, _, name), result in results:

@@ -21,6 +21,7 @@ from cce_precision.analysis.audit_snippets import Form, related
 from cce_precision.analysis.audit_targets import CAREFUL, Target
 from cce_precision.analysis.audit_trials import (
     GRADIENTS,
+    STALE,
     Finding,
     Outcome,
     Subject,
@@ -122,7 +123,7 @@ def _equal(trial: Trial, first: Outcome, second: Outcome, again: str) -> Iterato
 def repeated(subject: Subject, trial: Trial) -> Iterator[Finding]:
     first = run(subject, trial)
     if subject.device != "cpu":
-        torch.full((2**26,), torch.nan, device=subject.device)  # freed at once: the next allocations find NaN
+        exec(STALE, {"torch": torch})
     again = f"loss = {subject.target.text(trial.options())}\n{trial.backward_text}"
     for _ in range(3):
         yield from _equal(trial, first, run(subject, trial), again)
@@ -167,6 +168,8 @@ def compiled(subject: Subject, trial: Trial) -> Iterator[Finding]:
     for whole in (True, False):
         torch._dynamo.reset()
         tensors = trial.tensors(subject.device)
+        if subject.device != "cpu":
+            exec(STALE, {"torch": torch})
         try:
             loss = torch.compile(target.bind(trial.options()), fullgraph=whole, backend=backend)(**tensors)
             loss.backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, Finding, Subject, Trial
+from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, STALE, Finding, Subject, Trial
 
 __all__ = ["Form", "related", "snippet"]
 
@@ -37,7 +37,8 @@ def snippet(
     head = [f"# {target.name} ({target.package} {target.version}): {said}".replace("\n", " ")]
     head += ["import torch", target.setup, ""]
     call = form.call(target.text(trial.options()), trial, subject.device)
-    body = [trial.inputs(subject.device), "", f"loss = {call}", form.backward or trial.backward_text]
+    stale = [STALE] if form.compiled and subject.device != "cpu" else []
+    body = [trial.inputs(subject.device), *stale, "", f"loss = {call}", form.backward or trial.backward_text]
     if raising or found is None:
         return "\n".join(head + body) + "\n"
     if found.assertion:

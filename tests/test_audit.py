@@ -18,7 +18,7 @@ from cce_precision.analysis.audit import Outcome, audit, examine, read, write
 from cce_precision.analysis.audit_checks import CHECKS, fuzzed
 from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import CAREFUL, FAMILIES, TARGETS, Target, Unavailable, targets
-from cce_precision.analysis.audit_trials import PATTERNS, Subject, Trial, findings, run, smaller
+from cce_precision.analysis.audit_trials import PATTERNS, Subject, Trial, findings, run
 from cce_precision.cli import app
 from tests.broken_losses import DEFECTS
 
@@ -41,7 +41,7 @@ def broken(name: str) -> Target:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failures are not made small, snippets not run, heavy checks take their first trials."""
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
-    monkeypatch.setattr(auditing, "_fails", lambda text, error: bool(text))
+    monkeypatch.setattr(auditing, "_ending", lambda text: text and "AssertionError")
     for name, trials in HEAVY.items():
         if trials:
             monkeypatch.setitem(CHECKS, name, dataclasses.replace(CHECKS[name], trials=trials))
@@ -127,8 +127,11 @@ def test_a_relation_between_calls_has_a_snippet(dtype: str) -> None:
 
 
 def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
-    assert not auditing._fails("pass\n", "AssertionError")
-    assert auditing._fails("assert False\n", "AssertionError")
+    assert not auditing._ending("pass\n")
+    assert "AssertionError" in auditing._ending("assert False\n")
+    subject, check = Subject(broken("correct"), "cpu"), CHECKS["accuracy"]
+    text, lack = auditing._program(subject, check, "it raises", "ValueError", [(Trial(n=1, v=2, d=1), None)])
+    assert not text and lack == "; as a program of its own it ends with: no error"
 
 
 @pytest.mark.usefixtures("quick")
@@ -157,7 +160,7 @@ def test_a_limit_is_told_from_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tile filter drops confident rows: a limit of `cce`, a defect of what does not promise a filter."""
     assert examine((TARGETS["cce"], "cpu", "confident rows")).status == "limit"
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
-    monkeypatch.setattr(auditing, "_fails", lambda text, error: bool(text))
+    monkeypatch.setattr(auditing, "_ending", lambda text: text and "AssertionError")
     anonymous = dataclasses.replace(TARGETS["cce"], name="anonymous", promise=None)
     assert examine((anonymous, "cpu", "confident rows")).status == "fail"
     assert examine((TARGETS["baseline"], "cpu", "16-bit logits")).status == "limit"
@@ -184,7 +187,25 @@ def test_a_trial_is_text_that_makes_its_inputs(pattern: str) -> None:
     assert first["e"].shape == (9, 4) and first["c"].shape == (12, 4) and first["bias"].shape == (12,)
     assert not first["e"].is_contiguous() and first["e"].requires_grad and first["e"].dtype is torch.bfloat16
     assert bool(first["e"][::3].isnan().all()) and int((first["targets"] == -100).sum()) == 3
-    assert all(isinstance(x, Trial) and x != trial for x in smaller(trial))
+
+
+def test_a_failure_is_made_plain_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the least trial, the same one each time; to itself where nothing plainer fails, or no time is left."""
+    trial = Trial(seed=3, n=70, v=90, scale=4.0, bias=True, strided=True, ignored="some", upstream=-2.0)
+    asked: list[Trial] = []
+
+    def fails(t: Trial) -> bool:
+        asked.append(t)
+        return t.n > 12 and t.bias
+
+    least = auditing._plainest(trial, fails)
+    assert least == Trial(n=13, v=1, d=1, pattern="flat", bias=True)
+    assert len(asked) == len(set(asked)) and trial not in asked
+    assert all(t.n <= trial.n and t.v <= trial.v and t.softcap is None for t in asked)
+    assert auditing._plainest(trial, fails) == least
+    assert auditing._plainest(trial, lambda t: False) == trial
+    monkeypatch.setattr(auditing, "SHRINKING", 0.0)
+    assert auditing._plainest(trial, fails) == trial
 
 
 def test_zero_gradients_are_rejected() -> None:
