@@ -132,6 +132,11 @@ def check_tolerance(tolerance: object, variant: Variant | None = None, entropy: 
         )
 
 
+def is_zero3(x: object) -> bool:
+    """Whether x is a parameter that DeepSpeed's ZeRO-3 shards; outside its module's forward it is an empty tensor."""
+    return hasattr(x, "ds_id")
+
+
 def check_tensors(
     e: Tensor,
     c: Tensor,
@@ -148,6 +153,14 @@ def check_tensors(
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    for name, x in (("c", c), ("bias", bias)):
+        if x is not None and is_zero3(x) and x.numel() == 0:
+            shape = f" of shape {tuple(x.ds_shape)}" if hasattr(x, "ds_shape") else ""
+            raise ValueError(
+                f"{name} must have its values, got a ZeRO-3 shard{shape} outside its module's forward, where DeepSpeed "
+                "leaves it empty: compute the loss inside the forward of a module of the engine's model, which then "
+                f"gathers it, or under `with deepspeed.zero.GatheredParameters([{name}])`, the backward pass included"
+            )
     for name, x in (("e", e), ("c", c), ("bias", bias)):
         if x is not None and x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")

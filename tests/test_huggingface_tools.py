@@ -378,6 +378,27 @@ def test_a_head_that_fsdp_shards_apart(order: str, tmp_path: Path) -> None:
     assert difference(gradients, theirs.gradients) <= GRADIENT_ALLOWED
 
 
+def test_what_zero_3_does_to_a_process(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without DeepSpeed: an F.linear in Python that knows tensors alone, and a head's weight marked as its shard.
+    tests/test_parallel.py has DeepSpeed itself."""
+    batch = inputs("llama", llama)
+    theirs = step(copy.deepcopy(llama), batch)
+    evaluated = copy.deepcopy(llama).eval()(**batch)
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.addmm(bias, input, weight.t()) if input.dim() == 2 and bias is not None else input @ weight.t()
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    ours = step(cce_patch(llama), batch)
+    assert (cce_counts(llama).fused, cce_counts(llama).materialised) == (1, 0)
+    assert abs(ours.loss - theirs.loss) <= GRADIENT_ALLOWED * theirs.loss
+    assert difference(ours.gradients, theirs.gradients) <= GRADIENT_ALLOWED
+    llama.lm_head.weight.ds_id = 7
+    output = llama.eval()(**batch)
+    assert type(output.logits) is Tensor and near(output.logits, evaluated.logits, evaluated.logits)
+    assert cce_counts(llama).fused == 2
+
+
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
 def test_distributed_data_parallel(options: dict[str, bool], tmp_path: Path) -> None:
     from torch import distributed

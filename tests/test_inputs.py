@@ -42,6 +42,13 @@ def targets(*values: int) -> torch.Tensor:
     return torch.tensor([*values, *[0] * (N - len(values))])
 
 
+def zero3(shape: tuple[int, ...]) -> torch.Tensor:
+    """A parameter as DeepSpeed's ZeRO-3 leaves it outside its module's forward."""
+    empty = torch.nn.Parameter(torch.empty(0))
+    empty.ds_id, empty.ds_shape = 7, torch.Size(shape)  # type: ignore[attr-defined]
+    return empty
+
+
 KNOWN = "cce_exact"
 BAD = (
     # tensors: types and dtypes
@@ -53,6 +60,9 @@ BAD = (
     Bad("e", lambda: torch.ones(N, D).to(torch.float8_e4m3fn), "float8", "bfloat16", TypeError),
     Bad("c", "C", "str", "torch.Tensor", TypeError),
     Bad("c", lambda: torch.ones(V, D, dtype=torch.bool), "torch.bool", "float32", TypeError),
+    Bad("c", lambda: zero3((V, D)), "ZeRO-3 shard of shape (10, 4)", "deepspeed.zero.GatheredParameters([c])"),
+    Bad("c", lambda: zero3((V, D)), "outside its module's forward", "inside the forward of a module"),
+    Bad("bias", lambda: zero3((V,)), "ZeRO-3 shard of shape (10,)", "deepspeed.zero.GatheredParameters([bias])"),
     Bad("targets", [0] * N, "list", "torch.Tensor", TypeError),
     Bad("targets", lambda: torch.full((N,), float("nan")), "torch.float32", "integer", TypeError),
     Bad("targets", lambda: torch.ones(N), "torch.float32", "int64", TypeError),

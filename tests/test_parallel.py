@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -187,6 +188,17 @@ def test_patched_models(tmp_path: Path) -> None:
 
     start(patched_models, str(tmp_path), processes=WORLD)
     judge_patched_models([torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)])
+
+
+def test_patched_models_under_zero_3(tmp_path: Path) -> None:
+    """Of DeepSpeed, on the CPU: beside the unpatched model under the same; and a loss of one's own, in and out."""
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("deepspeed") is None:  # not imported here, where it would choose an accelerator
+        pytest.skip("DeepSpeed is not installed")
+    from tests.parallel_models import WORLD, judge_zero_models, zero_models
+
+    start(zero_models, str(tmp_path), processes=WORLD)
+    judge_zero_models([torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)])
 
 
 @pytest.mark.interpreter

@@ -9,6 +9,8 @@ place of the product.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import choosing
@@ -129,6 +132,20 @@ class HeadInput:
         return given["input"].task(given["input"].hidden, given["weight"], given.get("bias"))
 
 
+def _asking(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """An F.linear that somebody has put in place of torch's, as ZeRO-3 of DeepSpeed does for the whole process, made to
+    know a `HeadInput`, which torch's own would have asked for its `__torch_function__`."""
+
+    @functools.wraps(linear)
+    def asks(input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if type(input) is HeadInput:
+            return input.task(input.hidden, weight, bias)
+        return linear(input, weight, bias)
+
+    asks._cce_asks = True  # type: ignore[attr-defined]
+    return asks
+
+
 class HeadHook:
     """The forward pre-hook of a head. Idle unless `task` says what to do in place of the product."""
 
@@ -150,6 +167,8 @@ def install(head: nn.Module) -> HeadHook:
     hooks: Any = head._forward_pre_hooks
     if KEY not in hooks:
         hooks[KEY] = HeadHook()
+    if not (isinstance(F.linear, types.BuiltinFunctionType) or hasattr(F.linear, "_cce_asks")):
+        F.linear = _asking(F.linear)
     return hooks[KEY]
 
 

@@ -199,7 +199,8 @@ def leave(output: Any, training: bool, options: Options) -> Any:
         if not options.return_logits:
             return None
         if not training:
-            if torch.compiler.is_compiling():
+            # ZeRO-3 hands the output to C++, which takes it at its word that it is a tensor.
+            if torch.compiler.is_compiling() or validation.is_zero3(output._request.head.weight):
                 return output._materialise("evaluation")
             output._left = True
         return output
@@ -289,7 +290,8 @@ def cce_patch(
     scales, biases and auxiliary losses are whatever it makes of them. Only a forward with labels differs: its logits
     stay uncomputed until something reads them (then the real ones are computed, counted, and a warning names the
     operation), and `F.cross_entropy` of them is one fused call. The logits that such a forward returns are computed
-    when they are read; RuntimeError if the head's weight has changed by then (which `torch.compile` does not notice).
+    when they are read; RuntimeError if the head's weight has changed by then (which `torch.compile` and ZeRO-3 do not
+    notice). Under DeepSpeed's ZeRO-3 all processes must read them, and those of a model in eval mode are computed.
     `generate` and calls without labels are what they were. `cce_counts(model)` tells how many losses were fused, and by
     which variant (what impl="auto" took). TRL's SFTTrainer, which from 1.16 asks for log-probabilities, entropies and
     top-1 hits by token instead of a loss, gets them from one such call as well, whether the model is patched before the
