@@ -100,7 +100,7 @@ def _excused(f: Finding) -> bool:
 
 
 def _plainest(trial: Trial, fails: Callable[[Trial], bool]) -> Trial:
-    """The plainest trial that fails as this one does, of those that Hypothesis (where it is installed) finds in time."""
+    """The plainest trial that fails as this one does, of those that Hypothesis, if it is there, finds in time."""
     try:
         from hypothesis import HealthCheck, Phase, Verbosity, errors, find, settings
     except ModuleNotFoundError:
