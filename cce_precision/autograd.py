@@ -162,6 +162,12 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
     e, c, bias, targets, weight, seed, nll, lse, entropy, record, *left = ctx.saved_tensors
     need = [int(x) for x in ctx.needs_input_grad[:3]]
+    if c.dim() != 2:
+        raise ValueError(
+            "c must have its values in the backward pass too, got a ZeRO-3 shard that DeepSpeed has emptied since the "
+            "forward pass: let the module's output be or hold the loss, or keep `with deepspeed.zero."
+            "GatheredParameters([c])` open until the backward pass has run"
+        )
     if all(g is None for g in grads[:4]):
         return (None,) * 7
     if any(x.numel() for x in left):

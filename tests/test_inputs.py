@@ -189,6 +189,17 @@ def test_unchecked_targets_are_the_callers_business() -> None:
     assert torch.isfinite(lce(**good(), validate=False))
 
 
+@pytest.mark.parametrize("impl", ["cce_exact", "cce", "cce_unbiased"])
+def test_a_classifier_that_was_emptied_before_the_backward_pass_is_named(impl: str) -> None:
+    """As ZeRO-3 does where it does not see the loss leave the module's forward."""
+    inputs = good()
+    inputs["c"] = torch.nn.Parameter(inputs["c"])
+    loss = lce(**inputs, impl=impl)
+    inputs["c"].data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"c must have its values in the backward pass too.*GatheredParameters"):
+        loss.backward()  # type: ignore[union-attr]
+
+
 def test_the_module_refuses_when_it_is_built() -> None:
     with pytest.raises(TypeError, match=r"unknown option 'redaction'.*reduction"):
         LinearCrossEntropy(redaction="mean")
