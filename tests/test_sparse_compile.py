@@ -190,6 +190,7 @@ def test_gathered_logits(arch: str, kind: int, dtype: str) -> None:
         "values": FP32,
         "kept_entries": I32,
         "row_counts": I32,
+        "room": "i32",
         "seed": I64,
         "blocks": "i32",
         "shape": ("i32:16",) * 4,
