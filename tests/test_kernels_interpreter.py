@@ -102,7 +102,7 @@ def test_dE_goes_by_chunks_of_tokens_where_the_workspace_is_small(
     from cce_precision.kernels import dense
 
     k = Knobs(
-        seed=5, n=40, v=300, d=6, impl=impl, bias="fp32", scale=3.0, temperature=0.7, label_smoothing=0.1,
+        seed=5, n=24, v=100, d=6, impl=impl, bias="fp32", scale=3.0, temperature=0.7, label_smoothing=0.1,
         class_weight=True, ignored="some", nan_ignored=True, use_lse=True, use_entropy=True, upstream="random",
         reduction="none",
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_dE_goes_by_chunks_of_tokens_where_the_workspace_is_small(
     whole = dense.embeddings_by_tokens
     asked = lambda problem, plan, need: need[0] and not plan.partial_e  # noqa: E731
     monkeypatch.setattr(dense, "goes_by_tokens", asked)
-    monkeypatch.setattr(dense, "chunk_of_tokens", lambda problem, plan: (32, 256))
+    monkeypatch.setattr(dense, "chunk_of_tokens", lambda problem, plan: (16, 64))
     monkeypatch.setattr(dense, "embeddings_by_tokens", lambda *x: chunks.append(x) or whole(*x))
     if need == (True, True, True):
         found = outputs(call)

@@ -136,9 +136,9 @@ def test_with_full_lists_the_gradient_is_exact(
 def test_what_the_host_knows_not_to_count_is_left_out_and_nothing_changes(
     full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = exact_problem(4, 800, 16)
+    problem = exact_problem(4, 300, 16)
     monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
-    seen = overflow(monkeypatch, *((3, 4) if full else (50, 100)))
+    seen = overflow(monkeypatch, *((3, 4) if full else (60, 110)))
     launched: dict[str, int] = {"exact": 0, "tail": 0}
     write_dz, columns = exact.write_dz, Tail.columns
 
