@@ -21,7 +21,7 @@ from torch import Tensor
 from cce_precision import compute_z_loss, kernels, linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, INTERPRETER, Machine, bound
 from cce_precision.analysis.bounds_model import gpu_machine
-from cce_precision.analysis.fuzz_problems import Call, Knobs, build, moved
+from cce_precision.analysis.fuzz_problems import Call, Knobs, build
 from cce_precision.analysis.references import Quantities, Truth, truth
 from cce_precision.autograd import choose_backend
 from cce_precision.numerics import unit_roundoff
@@ -104,12 +104,10 @@ def outputs(call: Call) -> dict[str, Tensor]:
     """Runs the call where it belongs: the value of its objective, lse and entropy (flat, 0 where without a place), the
     gradients; all on the CPU.
     """
-    inputs = (call.e, call.c, call.bias)
-    leaves = [moved(x.detach(), call.device).requires_grad_() for x in inputs if x is not None]
+    there = call.there()
+    leaves = [x.detach().requires_grad_() for x in (there.e, there.c, there.bias) if x is not None]
     bias = leaves[2] if call.bias is not None else None
-    targets, weight = moved(call.targets, call.device), call.options["class_weight"]
-    options = call.options | {"class_weight": None if weight is None else moved(weight, call.device)}
-    result: Any = linear_cross_entropy(leaves[0], leaves[1], targets, bias, **options)
+    result: Any = linear_cross_entropy(leaves[0], leaves[1], there.targets, bias, **there.options)
     if call.knobs.one_pass:
         result = (result,)
     heads: dict[str, Tensor] = dict(zip(("loss", "lse"), result))
@@ -117,9 +115,8 @@ def outputs(call: Call) -> dict[str, Tensor]:
         heads["entropy"] = result[2]
     if "z_loss" in call.grads:
         k = call.knobs
-        heads["z_loss"] = compute_z_loss(heads["lse"], targets, k.shift, k.ignore_index, k.reduction)
-    upstream = {name: moved(g, call.device) for name, g in call.grads.items()}
-    gradients = torch.autograd.grad([heads[name] for name in upstream], leaves, list(upstream.values()))
+        heads["z_loss"] = compute_z_loss(heads["lse"], there.targets, k.shift, k.ignore_index, k.reduction)
+    gradients = torch.autograd.grad([heads[name] for name in there.grads], leaves, list(there.grads.values()))
     heads = {name: head.detach().cpu() for name, head in heads.items()}
     flat = {name: _flat(call, head) for name, head in heads.items() if name in ("lse", "entropy")}
     named = {name: g.cpu() for name, g in zip(("dE", "dC", "dbias"), gradients, strict=False)}

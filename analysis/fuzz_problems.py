@@ -22,7 +22,7 @@ from cce_precision.numerics import Path
 from cce_precision.problem import Plan, Problem
 from cce_precision.variants import ALL
 
-__all__ = ["CHOICES", "DTYPES", "EDGES", "PATTERNS", "Call", "Knobs", "build", "moved", "random_knobs", "sensible"]
+__all__ = ["CHOICES", "DTYPES", "EDGES", "PATTERNS", "Call", "Knobs", "build", "random_knobs", "sensible"]
 
 EDGES = (1, 2, 15, 16, 17, 127, 128, 129, 255, 257)  # around vector lengths and tile sizes
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -138,7 +138,18 @@ class Call:
     plan: Plan
     objective: Objective
     counted: Tensor  # (N,) bool: tokens whose place exists in an unreduced output
-    device: str = "cpu"  # where it runs; all tensors here lie on the CPU
+    device: str = "cpu"  # where it runs; all tensors that `build` makes lie on the CPU
+
+    def there(self) -> Call:
+        """The call with what is passed to the function, and the gradients that arrive, where it runs."""
+
+        def place(x: Any) -> Any:
+            return None if x is None else moved(x, self.device)
+
+        changes: dict[str, Any] = {name: place(getattr(self, name)) for name in ("e", "c", "targets", "bias")}
+        changes["options"] = self.options | {"class_weight": place(self.options["class_weight"])}
+        changes["grads"] = {name: place(g) for name, g in self.grads.items()}
+        return dataclasses.replace(self, **changes)
 
     def placed(self) -> Problem:
         """The problem on the device that the call runs on."""

@@ -254,8 +254,7 @@ def refusals(place: Place) -> dict[str, str]:
 
 def compiled(rank: int, folder: str) -> None:
     """One of two processes: calls under torch.compile without a graph break, beside the same in eager mode."""
-    torch.set_num_threads(1)
-    _start("gloo", rank, 2, folder)
+    _start(rank, 2, folder)
     call = build(SMALL)
     share = VocabParallelOptions.from_vocab(SMALL.v)
     results = {}
@@ -314,15 +313,22 @@ def start(function: Callable[..., None], *arguments: object, processes: int) -> 
     multiprocessing.start_processes(function, args=arguments, nprocs=processes, start_method="forkserver")
 
 
-def _start(backend: str, rank: int, world: int, folder: str) -> None:
+def _start(rank: int, world: int, folder: str, device: str = "cpu") -> str:
+    """Makes this process one of `world`: under gloo on the CPU, or with a GPU of its own under NCCL. Returns its
+    device."""
+    torch.set_num_threads(1)
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        backend,
+        "nccl" if on_gpu else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=120),
-        device_id=torch.device("cuda", rank) if backend == "nccl" else None,
+        device_id=torch.device("cuda", rank) if on_gpu else None,
     )
+    return f"cuda:{rank}" if on_gpu else "cpu"
 
 
 def run(rank: int, folder: str, names: list[str], device: str = "cpu", world: int = WORLD) -> None:
@@ -330,13 +336,9 @@ def run(rank: int, folder: str, names: list[str], device: str = "cpu", world: in
     return."""
     from tests import parallel_placements  # noqa: F401  (its cases)
 
-    torch.set_num_threads(1)
-    if device != "cpu":
-        torch.cuda.set_device(rank)
-        device = f"cuda:{rank}"
-    _start("gloo" if device == "cpu" else "nccl", rank, world, folder)
+    own = _start(rank, world, folder, device)
     pairs = [distributed.new_group([i, i + 1]) for i in range(0, world, 2)]
-    place = Place(rank, pairs[rank // 2], device, world)
+    place = Place(rank, pairs[rank // 2], own, world)
     results = {}
     for name in names:
         torch.manual_seed(rank)
@@ -360,12 +362,7 @@ def kernel_problems(impl: str, device: str) -> list[Knobs]:
 def run_kernels(rank: int, folder: str, device: str, impls: Sequence[str]) -> None:
     """One of two processes: each with a GPU, or with the interpreter where device is "cpu". The first also computes
     each problem alone."""
-    torch.set_num_threads(1)
-    place = "cpu"
-    if device != "cpu":
-        torch.cuda.set_device(rank)
-        place = f"cuda:{rank}"
-    _start("gloo" if device == "cpu" else "nccl", rank, 2, folder)
+    place = _start(rank, 2, folder, device)
     results: dict[tuple[str, int, str], dict[str, Tensor] | str] = {}
     for impl in impls:
         for i, k in enumerate(kernel_problems(impl, device)):

@@ -43,10 +43,7 @@ def _sharded(model: Any, device: str) -> Any:
 def patched_models(rank: int, folder: str, device: str = "cpu") -> None:
     """(loss, gradients) of a model beside its patched copies: sharded, with tokens of its own on each process; and with
     a head of which each process has its rows, with the same tokens."""
-    torch.set_num_threads(1)
-    if device != "cpu":
-        torch.cuda.set_device(rank)
-    _start("gloo" if device == "cpu" else "nccl", rank, WORLD, folder)
+    _start(rank, WORLD, folder, device)
     torch.manual_seed(0)
     start = build("llama").train().to(device)
     batch = {name: x.to(device) for name, x in inputs("llama", start).items() if isinstance(x, Tensor)}
@@ -144,8 +141,7 @@ def zero_models(rank: int, folder: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     import deepspeed
 
-    torch.set_num_threads(1)
-    _start("gloo", rank, WORLD, folder)
+    _start(rank, WORLD, folder)
     deepspeed.init_distributed(dist_backend="gloo")
     torch.manual_seed(0)
     start = build("llama").train()

@@ -14,7 +14,7 @@ from cce_precision import linear_cross_entropy
 from cce_precision.analysis.bounds import CPU, Machine
 from cce_precision.analysis.bounds_parallel import parallel_bound
 from cce_precision.analysis.fuzz import compare
-from cce_precision.analysis.fuzz_problems import Call, Knobs, build, moved
+from cce_precision.analysis.fuzz_problems import Call, Knobs, build
 from cce_precision.analysis.references import Quantities, magnitudes, truth
 from cce_precision.numerics import unit_roundoff
 from tests.parallel_cases import Place, case
@@ -55,19 +55,6 @@ def _mesh(place: Place, shape: Sequence[int]) -> Any:
     return init_device_mesh(torch.device(place.device).type, tuple(shape))
 
 
-def _call(knobs: Knobs, device: str) -> Call:
-    """The call with its tensors where it runs."""
-    call = build(knobs, device=device)
-    weight = call.options["class_weight"]
-    return dataclasses.replace(
-        call,
-        **{x: moved(getattr(call, x), device) for x in ("e", "c", "targets")},
-        bias=None if call.bias is None else moved(call.bias, device),
-        options=call.options | {"class_weight": None if weight is None else moved(weight, device)},
-        grads={x: moved(g, device) for x, g in call.grads.items()},
-    )
-
-
 def _distributed(x: Tensor, mesh: Any, placements: list[Any]) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
@@ -77,7 +64,7 @@ def _distributed(x: Tensor, mesh: Any, placements: list[Any]) -> Any:
 @case
 def placements(place: Place) -> dict[str, dict[str, Tensor]]:
     """Loss, lse and whole gradients of one problem under each kind of placement."""
-    call, results, ways = _call(KNOBS, place.device), {}, placements_of(place.world)
+    call, results, ways = build(KNOBS, device=place.device).there(), {}, placements_of(place.world)
     meshes = {shape: _mesh(place, shape) for shape in dict.fromkeys(shape for shape, _, _ in ways.values())}
     for name, (shape, of_e, of_c) in ways.items():
         mesh = meshes[shape]
@@ -116,7 +103,7 @@ def placed_features(place: Place) -> dict[str, dict[str, Tensor]]:
     """The same with every option that looks at tokens or columns."""
     results = {}
     for name, knobs in features(place.world, place.device != "cpu").items():
-        call = _call(knobs, place.device)
+        call = build(knobs, device=place.device).there()
         shape, of_e, of_c = placements_of(place.world)[name]
         mesh = _mesh(place, shape)
         e = _distributed(call.e, mesh, _placements(of_e))
@@ -133,7 +120,7 @@ def placed_features(place: Place) -> dict[str, dict[str, Tensor]]:
 def parts(world: int, device: str = "cpu") -> list[Call]:
     """A problem for each process, with one classifier."""
     knobs = [dataclasses.replace(KNOBS, batch=1, n=9, bias=None, seed=20 + rank) for rank in range(world)]
-    calls = [_call(k, device) for k in knobs]
+    calls = [build(k, device=device).there() for k in knobs]
     c = calls[0].c
     return [dataclasses.replace(call, c=c, problem=dataclasses.replace(call.problem, c=c)) for call in calls]
 
@@ -181,7 +168,7 @@ def unknown_placements(place: Place) -> dict[str, str]:
     """The messages of placements without a meaning."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    call = _call(KNOBS, place.device)
+    call = build(KNOBS, device=place.device).there()
     mesh, square = _mesh(place, (place.world,)), _mesh(place, next(iter(SQUARES[place.world].values())))
     whole = lambda x, mesh=mesh: _distributed(x, mesh, [Replicate()] * mesh.ndim)  # noqa: E731
     e, c, bias = call.e, call.c, call.bias

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cce_precision import eager, kernels, linear_cross_entropy, variants
-from cce_precision.analysis.bounds import AMPERE, HOPPER, bound
+from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import truth
@@ -78,7 +79,7 @@ def within_the_bounds(
     host = Problem(problem.e.cpu(), problem.c.cpu(), problem.targets.cpu())
     objective = build(Knobs(n=shape[0], v=shape[1], d=shape[2])).objective
     plan = Plan(variants.get(impl))
-    machine = HOPPER if torch.cuda.get_device_capability()[0] >= 9 else AMPERE
+    machine = gpu_machine()
     exact, allowed = truth(host, objective), bound(host, plan, objective, machine=machine)
     loss, d_e, d_c = (x.cpu() for x in run(problem, impl, workspace_mb))
     for name, got in (("value", loss.reshape(())), ("dE", d_e), ("dC", d_c)):

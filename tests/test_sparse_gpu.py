@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cce_precision import eager, kernels, variants
-from cce_precision.analysis.bounds import AMPERE, HOPPER, bound
+from cce_precision.analysis.bounds import bound
+from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.cases import CASES
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.references import Objective, truth
@@ -57,7 +58,7 @@ def test_within_the_bounds(impl: str, dtype: torch.dtype, way: str, monkeypatch:
     if way == "overflow":
         overflow(monkeypatch)
     host = Problem(problem.e.cpu(), problem.c.cpu(), problem.targets.cpu())
-    machine = HOPPER if torch.cuda.get_device_capability()[0] >= 9 else AMPERE
+    machine = gpu_machine()
     objective = Objective("sum")
     definition = Plan(variants.get("cce_exact")) if way == "overflow" else plan
     exact, allowed = truth(host, objective), bound(host, definition, objective, seed=SEED, machine=machine)

@@ -91,7 +91,7 @@ class Workspace:
     @staticmethod
     def of(problem: Problem, plan: Plan) -> Workspace:
         pool = torch.empty(pool_size(problem, plan) // 4, dtype=torch.float32, device=problem.e.device)
-        hits, entries = capacities(problem.n, -(-problem.v // BLOCK), pool.nbytes)
+        hits, entries = held(problem, plan)
         start = Buffers.by_token(hits, entries)
         return Workspace(pool, Buffers.of(pool, hits, entries), pool.view(torch.uint8)[-(-start // 256) * 256 :])
 
@@ -121,9 +121,14 @@ def words_for(problem: Problem, filt: Filter, seed: Tensor, lse: Tensor, record:
     return found_again(problem, filt, seed, lse)
 
 
+def held(problem: Problem, plan: Plan) -> tuple[int, int]:
+    """(hits, kept entries) that the workspace holds."""
+    return capacities(problem.n, -(-problem.v // BLOCK), pool_size(problem, plan))
+
+
 def capacity(problem: Problem, plan: Plan) -> int:
     """How many hits the workspace holds. With more of them a sparse pass takes the exact dense way."""
-    return capacities(problem.n, -(-problem.v // BLOCK), pool_size(problem, plan))[0]
+    return held(problem, plan)[0]
 
 
 def occupancy(problem: Problem, plan: Plan, lse: Tensor, seed: Tensor, record: Tensor | None) -> Tensor:
@@ -178,7 +183,7 @@ def sparse(
         tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c, dense_way)
     elif need_c or need_bias:
         finish_blocks(problem, e, terms, segments, entries, d_c, d_bias, shift_c)
-    if plan.tolerance is not None and seen is not None and (need_e or need_c):
+    if seen is not None and plan.tolerance is not None and (need_e or need_c):
         if tail is not None and tail.energies is not None:
             seen = dataclasses.replace(seen, energy_e=tail.energies[0], energy_c=tail.energies[1])
         broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
