@@ -2,7 +2,8 @@
 
     for task, result in isolated(judge, problems, workers=4, seconds=60): ...     result may be a Lost
 
-A process serves many tasks, one after the other; after one that it does not survive, another takes its place.
+A process serves many tasks, one after the other; after one that it does not survive, another takes its place. It may
+start processes of its own: they are of its process group, and end with it, however it ends.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +49,18 @@ def _gpu_works() -> bool:
     return True
 
 
+def _end_with_parent() -> None:
+    """Ends this group once the process that started it has ended: signals to that one's group do not reach it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    os.setsid()  # a group of its own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.current_process().daemon = False  # which may start processes
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         usable = True
         while usable:
@@ -87,6 +101,10 @@ class _Worker:
         other.close()
 
     def stop(self) -> None:
+        """Ends the process, and all that it started."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no such group: not yet, or no longer
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
         self.pipe.close()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from cce_precision.analysis.audit_checks import CHECKS, fuzzed
 from cce_precision.analysis.audit_snippets import snippet
 from cce_precision.analysis.audit_targets import CAREFUL, FAMILIES, TARGETS, Target, Unavailable, targets
 from cce_precision.analysis.audit_trials import PATTERNS, Subject, Trial, findings, run
+from cce_precision.analysis.isolation import Lost, isolated
 from cce_precision.cli import app
 from tests.broken_losses import DEFECTS
+from tests.with_children import start_or_hang
 
 # Lighter trials for the tests; none: the check is asked elsewhere.
 HEAVY: dict[str, tuple[Trial, ...]] = {
@@ -271,3 +274,45 @@ def test_the_audit_command(tmp_path: Path) -> None:
     assert [o.status for o in card.outcomes] == ["fail"] and (tmp_path / "index.html").exists()
     run = CliRunner().invoke(app, ["audit", "nobody", "--out", str(tmp_path)])
     assert run.exit_code == 2 and "no known target" in run.output
+
+
+def test_a_target_may_start_processes() -> None:
+    (card,) = audit([broken("starting_processes")], checks=("reductions",))
+    (outcome,) = card.outcomes
+    assert outcome.status == "pass" and "refused" not in outcome.summary, outcome.summary
+
+
+def ended(held: Connection) -> bool:
+    """Whether the process that holds the other end has ended; it has a minute."""
+    if not held.poll(60):
+        return False
+    with pytest.raises(EOFError):
+        held.recv()
+    return True
+
+
+def test_what_a_process_started_ends_with_it() -> None:
+    """With one that hangs, and with one that is done."""
+    held = []
+    with Listener() as listener:
+        for address, result in isolated(start_or_hang, [listener.address, "", listener.address], seconds=1):
+            if address:
+                assert result is None
+                held.append(listener.accept())
+            else:
+                assert result == Lost("no answer within 1 s") and ended(held[0])
+        assert len(held) == 2 and ended(held[1])
+
+
+def test_what_a_process_started_ends_with_the_program() -> None:
+    """Also where the program is killed while a task hangs."""
+    with Listener() as listener:
+        lines = (
+            "from cce_precision.analysis.isolation import isolated",
+            "from tests.with_children import start_or_hang",
+        )
+        code = "; ".join((*lines, f"list(isolated(start_or_hang, [{listener.address!r}, '']))"))
+        with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1]) as program:
+            held = listener.accept()
+            program.kill()
+        assert ended(held)
