@@ -42,6 +42,7 @@ SECONDS = 300.0  # for one check, its failure made small included
 SHRINKING = 6.0  # of the processor, for making a failure small
 LATEST = 50.0  # by the clock, for the same: a compiler works in other processes
 PROGRAM = 90.0  # for one of the two programs that may be run
+STYLED = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # a terminal's colours and the like
 REFUSALS = (NotImplementedError, TypeError, ValueError, AssertionError)  # how a function says that it cannot
 
 
@@ -93,6 +94,16 @@ def _record(f: Finding) -> dict[str, Any]:
     numbers |= {"relative allowed": f.allowed / f.truth if f.truth else f.allowed, "floor": floor}
     large = {k: _number(v if v < 1e300 else math.inf) for k, v in numbers.items()}
     return {"trial": str(f.trial), "quantity": f.quantity, "note": f.note, "holds": f.holds} | large
+
+
+def _plain(message: object) -> str:
+    """A message without what is meant for a terminal."""
+    return STYLED.sub("", str(message))
+
+
+def _lines(text: str) -> list[str]:
+    """Those that say something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _excused(f: Finding) -> bool:
@@ -155,7 +166,8 @@ def _alike(f: Finding, worst: Finding) -> bool:
 
 def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> Outcome:
     """The outcome of a call that raised."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    message = _plain(error)
+    said = f"{type(error).__name__}: {' '.join(message.split())[:200]}"
     if isinstance(error, REFUSALS) and trial != Trial():  # not even the plainest call
         return Outcome(check.name, "not offered", f"raises {said}")
     kind = type(error)
@@ -170,8 +182,9 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
         return False
 
     small = _plainest(trial, fails) if check.minimal else trial
-    text, lack = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, ((small, None), (trial, None)))
-    return Outcome(check.name, "fail", f"raises {said}{lack}", snippet=text)
+    candidates = ((small, None), (trial, None))
+    text, lack = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, candidates, message)
+    return Outcome(check.name, "fail", f"raises {said} ({trial}){lack}", snippet=text)
 
 
 def examine(task: tuple[Target, str, str]) -> Outcome:
@@ -184,7 +197,7 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
         trials = check.trials or fuzzed(target)
         able = [trial for trial in trials if not missing(target, trial)]
     except Unavailable as error:
-        return Outcome(name, "not offered", str(error))
+        return Outcome(name, "not offered", _plain(error))
     if not able:
         return Outcome(name, "not offered", f"it has no {missing(target, trials[0])}")
     found: list[Finding] = []
@@ -193,7 +206,7 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
         try:
             found += check.measure(subject, trial)
         except NotOffered as error:
-            return Outcome(name, "not offered", str(error))
+            return Outcome(name, "not offered", _plain(error))
         except Exception as error:
             outcome = _raised(subject, check, trial, error)
             refused.append(f"{trial} {outcome.summary}")
@@ -243,19 +256,24 @@ def _summary(f: Finding) -> str:
 
 
 def _program(
-    subject: Subject, check: Check, said: str, error: str, candidates: Iterable[tuple[Trial, Finding | None]]
+    subject: Subject,
+    check: Check,
+    said: str,
+    error: str,
+    candidates: Iterable[tuple[Trial, Finding | None]],
+    message: str = "",
 ) -> tuple[str, str]:
     """The first program of trials (with what was found, or None where they raise) that fails with an error when it is
     run: what was small here may not fail alone, as a compiler remembers shapes. Where none does, no text, and how the
-    last one ended.
+    last one ended. A package may show its errors' messages without the name: the first line of `message` tells too.
     """
     ending = ""
     for trial, found in dict.fromkeys(candidates):
         text = snippet(subject, trial, said, found, raising=found is None, form=check.form)
         ending = _ending(text)
-        if error in ending:
+        if error in ending or set(_lines(message)[:1]) & set(_lines(ending)):
             return text, ""
-    return "", f"; as a program of its own it ends with: {(ending.splitlines() or ['no error'])[-1][:200]}"
+    return "", f"; as a program of its own it ends with: {(_lines(ending) or ['no error'])[-1][:200]}"
 
 
 def _ending(text: str) -> str:
@@ -271,7 +289,7 @@ def _ending(text: str) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"no answer within {PROGRAM:g} s"
-    return (done.stderr or f"code {done.returncode}") if done.returncode else ""
+    return (_plain(done.stderr).strip() or f"code {done.returncode}") if done.returncode else ""
 
 
 # A card.

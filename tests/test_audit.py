@@ -137,6 +137,19 @@ def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
     assert not text and lack == "; as a program of its own it ends with: no error"
 
 
+def test_an_error_in_colours_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recorded plainly, with its trial; its program is known by the message, or shown by its last words."""
+    monkeypatch.setattr(auditing, "SHRINKING", 0.0)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the target changes
+    outcome = examine((broken("raises_in_colour"), "cpu", "determinism"))
+    assert outcome.status == "fail"
+    assert outcome.summary == "raises RuntimeError: error: it cannot here (N=512 V=1000 D=64 bf16 gaussian)"
+    assert "it raises RuntimeError" in outcome.snippet
+    subject, check = Subject(broken("raises_in_colour"), "cpu"), CHECKS["determinism"]
+    text, lack = auditing._program(subject, check, "it raises", "ValueError", [(Trial(), None)], "something else")
+    assert not text and lack == "; as a program of its own it ends with: here"
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("check", ["all ignored", "growth with the batch", "NaN in ignored rows"])
 def test_the_defects_of_the_chunked_loss_of_pytorch(check: str) -> None:
