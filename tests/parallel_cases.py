@@ -361,31 +361,33 @@ def kernel_problems(impl: str, device: str) -> list[Knobs]:
 
 def run_kernels(rank: int, folder: str, device: str, impls: Sequence[str]) -> None:
     """One of two processes: each with a GPU, or with the interpreter where device is "cpu". The first also computes
-    each problem alone."""
+    each problem alone. What it found of a variant is stored before the next, in folder/variant."""
     place = _start(rank, 2, folder, device)
-    results: dict[tuple[str, int, str], dict[str, Tensor] | str] = {}
     for impl in impls:
+        results: dict[tuple[int, str], dict[str, Tensor] | str] = {}
         for i, k in enumerate(kernel_problems(impl, device)):
-            call = build(k, device=place)
-            if impl in TILED and choose_backend(call.placed(), call.plan) != "triton":
-                continue
-            calls = {"shared": shared(call, VocabParallelOptions(*cuts(call.knobs, 2)[rank]))}
-            for what, own in (calls | ({"alone": call} if rank == 0 else {})).items():
+            for what in ("alone", "shared") if rank == 0 else ("shared",):  # both end with what they share
                 try:
-                    results[impl, i, what] = outputs(own)
+                    call = build(k, device=place)
+                    if impl in TILED and choose_backend(call.placed(), call.plan) != "triton":
+                        continue
+                    share = VocabParallelOptions(*cuts(call.knobs, 2)[rank])
+                    results[i, what] = outputs(shared(call, share) if what == "shared" else call)
                 except Exception:  # the other variants are judged all the same
-                    results[impl, i, what] = traceback.format_exc()
-    torch.save(results, Path(folder, f"{rank}.pt"))
+                    results[i, what] = traceback.format_exc()
+        Path(folder, impl).mkdir(exist_ok=True)
+        torch.save(results, Path(folder, impl, f"{rank}.pt"))
     distributed.destroy_process_group()
 
 
 def judge_kernels(stored: list[dict[Any, Any]], impl: str, device: str, machine: Machine) -> tuple[int, set[str]]:
-    """How many problems of a variant were computed, and which quantities would have told a zero."""
+    """How many problems of a variant were computed, and which quantities would have told a zero; `stored`: what each
+    process found of it."""
     telling, judged = set(), 0
     for i, k in enumerate(kernel_problems(impl, device)):
-        if (impl, i, "shared") not in stored[0]:
+        if (i, "shared") not in stored[0]:
             continue
-        parts, alone = [results[impl, i, "shared"] for results in stored], stored[0][impl, i, "alone"]
+        parts, alone = [results[i, "shared"] for results in stored], stored[0][i, "alone"]
         assert not any(isinstance(part, str) for part in (*parts, alone)), (parts, alone)
         verdict = verdict_of(parts, k, machine, alone)
         assert verdict.holds, str(verdict)

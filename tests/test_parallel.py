@@ -205,9 +205,9 @@ def test_patched_models_under_zero_3(tmp_path: Path) -> None:
 def test_kernels_of_every_variant(tmp_path: Path) -> None:
     """The kernels, interpreted, with targets that the other of two processes holds, beside one process alone."""
     start(run_kernels, str(tmp_path), "cpu", INTERPRETED, processes=2)
-    stored = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     judged = 0
     for impl in INTERPRETED:
+        stored = [torch.load(tmp_path / impl / f"{rank}.pt", weights_only=False) for rank in range(2)]
         count, telling = judge_kernels(stored, impl, "cpu", INTERPRETER if impl in TILED else CPU)
         assert {"value", "dE", "dC"} <= telling
         judged += count

@@ -1,7 +1,8 @@
 """Two GPUs under NCCL: every variant with a shared vocabulary within the bounds, beside one GPU alone; DTensors, heads
 of FSDP2 and patched models as under gloo.
 
-Each variant has processes of its own, so that `pytest -n` compiles the kernels of several at a time.
+Processes start once for all variants and once for all DTensors: with `pytest -n` in every one of its workers that gets
+a test of theirs, unless `--dist loadfile` leaves the file to one.
 """
 
 from __future__ import annotations
@@ -40,11 +41,23 @@ def stored(folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with what the processes found of each variant, and how they ended, if before the last."""
+    folder = tmp_path_factory.mktemp("computed")
+    try:
+        multiprocessing.spawn(run_kernels, args=(str(folder), "cuda", tuple(ALL)), nprocs=WORLD)
+    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+        return folder, str(error)
+    return folder, ""
+
+
 @pytest.mark.parametrize("impl", ALL)
-def test_every_variant(impl: str, tmp_path: Path) -> None:
+def test_every_variant(impl: str, computed: tuple[Path, str]) -> None:
     """Loss, heads and gradients within the bounds of the truth and of what one GPU gives, the same bits on both."""
-    multiprocessing.spawn(run_kernels, args=(str(tmp_path), "cuda", (impl,)), nprocs=WORLD)
-    judged, telling = judge_kernels(stored(tmp_path), impl, "cuda", gpu_machine())
+    folder, ended = computed
+    assert all((folder / impl / f"{rank}.pt").exists() for rank in range(WORLD)), ended
+    judged, telling = judge_kernels(stored(folder / impl), impl, "cuda", gpu_machine())
     assert judged, "there is a problem that the kernels compute, of every tiled variant"
     assert {"value", "dE", "dC", "dbias"} <= telling  # a zero would have been rejected
 
