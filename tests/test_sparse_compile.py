@@ -23,10 +23,13 @@ from tests.test_kernels_compile import (  # noqa: E402
     FP32,
     I32,
     I64,
+    SHARED,
     Constant,
     check,
+    hopper_matrix,
     matrix,
     needs_cuobjdump,
+    resources,
 )
 
 pytestmark = needs_cuobjdump
@@ -108,6 +111,39 @@ def test_hits(arch: str, forward: bool, drawn: bool, monkeypatch: pytest.MonkeyP
         num_warps=config.warps,
         num_stages=config.stages,
     )
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper_hits.py is written for 3.6"
+)
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
+def test_warp_specialised_hits(softcap: bool, drawn: bool) -> None:
+    """Two consumers of 240 registers a thread: 168 on average."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from cce_precision.kernels import hopper_hits
+
+    arguments = {
+        "e": hopper_matrix(128, 64),
+        "c": hopper_matrix(256, 64),
+        "bias": "*bf16",
+        "targets": I64,
+        **dict.fromkeys(("bounds", "partial", "target_logit"), FP32),
+        "record": I16,
+        "hits": I32,
+        "seed": I64,
+        "shape": ("i32:16",) * 4,
+        "splits": "i32",
+        "tiles_a_split": "i32",
+        "scalars": ("fp32",) * 3,
+        "FLAGS": Constant((softcap, softcap, drawn)),
+        "GROUP": Constant(16),
+        "STAGES": Constant(4),
+    }
+    used = resources(GluonASTSource, hopper_hits.hopper_hits_kernel, arguments, "sm_90", num_warps=4)
+    spills = 16 if softcap else 0  # addresses, outside the loops
+    assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

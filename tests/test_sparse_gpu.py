@@ -114,6 +114,31 @@ def test_same_bits_whatever_the_host_knows_of_the_way(impl: str, full: bool, mon
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("room", [1, 1 << 30])
+def test_warp_specialised_walk_is_the_portable_one(
+    impl: str, softcap: float | None, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits of the heads, and the same record; with more hits than room, only that there are more."""
+    from cce_precision.kernels import hits
+
+    problem = dataclasses.replace(problem_of(300, 9001, 192, ignored=True), softcap=softcap)
+    problem = dataclasses.replace(problem, bias=torch.linspace(-1, 1, 9001, device="cuda").bfloat16())
+    plan = Plan(variants.get(impl).with_eps(2.0**-9), want_record=True)
+    draw = torch.full((), SEED, dtype=torch.int64, device="cuda")
+    heads, record = hits.forward(problem, plan, draw, room)
+    monkeypatch.setattr(hits, "hopper_fits", lambda x, fits: False)
+    portable, reference = hits.forward(problem, plan, draw, room)
+    assert torch.equal(heads.nll, portable.nll) and torch.equal(heads.lse, portable.lse)
+    found, expected = (hits.words_of(problem, x).to(torch.int32) & 0xFFFF for x in (record, reference))
+    assert expected.count_nonzero() > 1000
+    if room == 1:
+        assert found.count_nonzero() > 1000
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_graph_replay_follows_the_data(impl: str) -> None:
     """A captured step, replayed on other tensors and another seed, takes what it needs of the lists; then a flat
     softmax, whose hits need the dense way: the decision is the device's."""

@@ -27,7 +27,7 @@ def hash32(seed: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """A 32-bit word for each (seed, row, column), as int64; row and column broadcast. seed: 0-dim int64, all 64 bits
     count. The seed is mixed before it meets the row, or seed s + 1 would draw for a row what s draws for the next."""
     low, high = seed & _MASK, (seed >> 32) & _MASK
-    return _mix(_mix(_mix(row ^ _mix(low)) ^ high) ^ _mix((column + 0x9E3779B9) & _MASK))
+    return _mix(_mix(_mix(row ^ _mix(low)) ^ high) ^ ((column * 0x9E3779B9) & _MASK))
 
 
 def uniform(seed: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:

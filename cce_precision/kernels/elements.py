@@ -29,10 +29,10 @@ from .primitives import (
     grouped,
     hash32,
     load_tile,
-    mix32,
     multiply_add,
     round_to,
     row_word,
+    stirred,
     wide,
 )
 from .terms import RowTerms
@@ -64,7 +64,7 @@ def threshold(eps, rows, columns, low, high):
     by_row = row_word(low, high, rows.to(tl.uint32))
     by_column = column_word(columns.to(tl.uint32))
     if INTERPRETED:
-        return eps * ((mix32(by_row ^ by_column).to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+        return eps * ((stirred(by_row ^ by_column).to(tl.float32) + 0.5) * 2.3283064365386963e-10)
     else:
         u = tl.inline_asm_elementwise(
             DRAWN

@@ -29,19 +29,19 @@ from .elements import seed_words
 from .entry import entry
 from .heads import combine_kernel, operand, splits_of
 from .heads import forward as forward_heads
-from .launch import cdiv, config_for, descriptor_fits, precision_of
+from .launch import cdiv, config_for, descriptor_fits, hopper_fits, precision_of
 from .primitives import (
-    DRAWN,
+    BEYOND,
     INTERPRETED,
     cap,
     column_word,
     grouped,
     load_tile,
-    mix32,
     multiply_add,
     online_softmax_update,
     reference_of,
     row_word,
+    stirred,
     wide,
 )
 from .record import SLACK, first_bounds
@@ -99,25 +99,12 @@ def block_bits(x, lowest, scale, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def beyond(p, limit, by_row, by_column):
-    """p - limit u for what 23 bits tell of the uniform draws of the words mix32(by_row ^ by_column), never more."""
+    """p - limit u for uniform draws u of the words stirred(by_row ^ by_column), or up to 2^-15 less."""
     if INTERPRETED:
-        u = (mix32(by_row ^ by_column) >> 9).to(tl.float32) * 1.1920928955078125e-07
-        return p - limit * u
+        return p - limit * ((stirred(by_row ^ by_column) >> 16).to(tl.float32) * 1.52587890625e-05)
     else:
         return tl.inline_asm_elementwise(
-            DRAWN
-            + """
-            shr.u32 word, word, 9;
-            or.b32 word, word, 0x3F800000;
-            mov.b32 u, word;
-            sub.rn.f32 u, 0f3F800000, u;
-            fma.rn.f32 $0, u, $4, $3;
-            }""",
-            "=f,r,r,f,f",
-            [by_row, by_column, p, limit],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
+            BEYOND, "=f,r,r,f,f", [by_row, by_column, p, limit], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -245,8 +232,14 @@ def _launch(
     config = config_for("forward", c)
     splits, tiles_a_split = splits_of(v, config.n)
     tma = descriptor_fits(e) and descriptor_fits(c)
+    eps, drawn = filt.threshold(problem.operand_dtype), filt.kind is FilterKind.STOCHASTIC
+    scalars = (float(problem.softcap or 1.0), math.log2(math.e) / problem.temperature, math.log2(eps) - SLACK)
+    if outputs is not None and tma and hopper_fits(e, config.hopper):
+        from .hopper_hits import launch_hits
+
+        launch_hits(problem, drawn, seed, bounds, record, outputs, (splits, tiles_a_split), scalars, config.group)
+        return
     partial, target_logit, hits = (bounds, bounds, seed) if outputs is None else outputs
-    eps = filt.threshold(problem.operand_dtype)
     hits_kernel[(cdiv(n, config.m) * splits,)](
         operand(e, [config.m, config.k], tma),
         operand(c, [config.n, config.k], tma),
@@ -263,13 +256,13 @@ def _launch(
         tuple(c.stride()),
         splits,
         tiles_a_split,
-        (float(problem.softcap or 1.0), math.log2(math.e) / problem.temperature, math.log2(eps) - SLACK),
+        scalars,
         M=config.m,
         N=config.n,
         K=config.k,
         GROUP=config.group,
         FLATTEN=config.flatten,
-        FLAGS=(bias is not None, problem.softcap is not None, outputs is not None, filt.kind is FilterKind.STOCHASTIC),
+        FLAGS=(bias is not None, problem.softcap is not None, outputs is not None, drawn),
         TMA=tma,
         PRECISION=precision_of(c),
         num_warps=config.warps,

@@ -114,6 +114,12 @@ def tanh(y):
 
 
 @gluon.jit
+def halves(x):
+    """The left and the right half of the columns of x."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
 def either(a, b):
     return a | b
 

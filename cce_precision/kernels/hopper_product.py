@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .entry import Tiles, entry
-from .hopper import describe
+from .hopper import describe, halves
 from .hopper_dz import store_half
 from .launch import descriptor_fits, hopper_fits, multiprocessors
 from .schedule import schedule
@@ -190,12 +190,6 @@ def add_quarter(buffer, sums, part, row, feature):
     fence_async_shared()
     gl.thread_barrier()
     async_add_shared_to_global(sums, [row, feature], buffer)
-
-
-@gluon.jit
-def halves(x):
-    """The left and the right half of the columns of x."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @gluon.jit

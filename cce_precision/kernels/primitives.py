@@ -12,21 +12,37 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The rest of hash32 for the words $1 and $2: the beginning of a block of instructions, with a register u for fp32, that
-# is one to the compiler, which else holds the words of a whole tile in registers.
-DRAWN = tl.constexpr("""{
+# hash32 from the words $1 of the row and $2 of the column, but for its last step: the beginning of a block of
+# instructions, with a register u for fp32, that is one to the compiler, which else holds the words of a whole tile in
+# registers.
+_MIXED = """{
     .reg .u32 word, high;
     .reg .f32 u;
     xor.b32 word, $1, $2;
-    shr.u32 high, word, 16;
-    xor.b32 word, word, high;
     mul.lo.u32 word, word, 0x7FEB352D;
     shr.u32 high, word, 15;
     xor.b32 word, word, high;
     mul.lo.u32 word, word, 0x846CA68B;
+"""
+# The whole of it.
+DRAWN = tl.constexpr(
+    _MIXED
+    + """
     shr.u32 high, word, 16;
     xor.b32 word, word, high;
-""")
+"""
+)
+# $3 - $4 u for a u that the draw u of those words exceeds by at most 2^-15: its upper 16 bits, which the last step
+# leaves as they are, and what stands below them less 2^-16.
+BEYOND = tl.constexpr(
+    _MIXED
+    + """
+    shf.r.wrap.b32 word, word, 0x7F, 9;
+    mov.b32 u, word;
+    sub.rn.f32 u, 0f3F800080, u;
+    fma.rn.f32 $0, u, $4, $3;
+}"""
+)
 
 
 @triton.jit
@@ -182,27 +198,39 @@ def reference_of(m, scale):
 def hash32(seed_low, seed_high, row, column):
     """A 32-bit word for each (seed, row, column); all arguments uint32, rows and columns broadcast.
 
-    Mixer: C. Wellons, hash-prospector, lowbias32 (public domain).
+    Mixer: C. Wellons, hash-prospector, lowbias32 (public domain). Its first step is linear: rows and columns each take
+    it before they meet.
     """
-    return mix32(row_word(seed_low, seed_high, row) ^ column_word(column))
+    return stirred(row_word(seed_low, seed_high, row) ^ column_word(column))
 
 
 @triton.jit
 def row_word(seed_low, seed_high, row):
     """What hash32 makes of the seed and the row."""
-    return mix32(mix32(row ^ mix32(seed_low)) ^ seed_high)
+    return folded(mix32(mix32(row ^ mix32(seed_low)) ^ seed_high))
 
 
 @triton.jit
 def column_word(column):
     """What hash32 makes of the column."""
-    return mix32(column + 0x9E3779B9)
+    return folded(column * 0x9E3779B9)
 
 
 @triton.jit
 def mix32(x):
     """A bijective mixer of uint32 words."""
-    x = x ^ (x >> 16)
+    return stirred(folded(x))
+
+
+@triton.jit
+def folded(x):
+    """The mixer's first step."""
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def stirred(x):
+    """The mixer's other steps."""
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     x = x * 0x846CA68B
