@@ -70,8 +70,8 @@ OTHERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     ),
 }
 METHODS = (
-    "unpatched", "cce_exact", "cce_exact@2200MB", "cce_exact@64MB", "cce_exact@30MB", "liger-loss", "liger",
-    "liger+cce_exact", "liger+cce_exact@64MB", "liger+cce_exact@30MB",
+    "unpatched", "cce_exact", "cce_exact@2200MB", "cce_exact@64MB", "cce_exact@32MB", "liger-loss", "liger",
+    "liger+cce_exact", "liger+cce_exact@64MB", "liger+cce_exact@32MB",
 )  # fmt: skip
 
 

@@ -123,17 +123,25 @@ def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> in
 
 
 def chunk_of_tokens(problem: Problem, plan: Plan) -> tuple[int, int]:
-    """(tokens, columns) of a piece of dZ that the workspace holds beside a copy of e and the sums of its tokens: at
-    least two row blocks of tokens, so that a piece is work for a whole device, and as many columns as there is room.
+    """(tokens, columns) of a piece of dZ that the workspace holds beside a copy of e and the sums of its tokens: those
+    with the fewest pieces, each of at least two row blocks of tokens; of equal ones the most tokens, which are tiles of
+    dE that a device computes side by side.
     """
-    n, d, size = problem.n, problem.d, problem.operand_dtype.itemsize
+    n, v, d, size = problem.n, problem.v, problem.d, problem.operand_dtype.itemsize
     column = size * (2 if is_split(problem, plan) else 1)
     room = Room.of(problem, plan, (True, True, False), True)
     free = room.total - room.fixed
-    most = min(-(-problem.v // 256) * 256, WIDEST)
-    width = min(max((free // FEWEST_TOKENS - 4 * d) // column // 256 * 256, 256), most)
-    tokens = max(free // (4 * d + column * width) // 128 * 128, FEWEST_TOKENS)
-    return min(tokens, n), min(width, -(-problem.v // 8) * 8)
+
+    def width(tokens: int) -> int:
+        columns = max((free // tokens - 4 * d) // column // 256 * 256, 256)
+        return min(columns, -(-v // 8) * 8, WIDEST)
+
+    def pieces(tokens: int) -> int:
+        return -(-n // tokens) * -(-v // width(tokens))
+
+    most = max(min(n, free // (4 * d + 256 * column)), FEWEST_TOKENS)
+    tokens = min(range(most // 128 * 128, FEWEST_TOKENS - 1, -128), key=pieces)
+    return min(tokens, n), width(tokens)
 
 
 def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
@@ -188,6 +196,11 @@ class EmbeddingSums:
         return torch.mul(self.total, terms.scale, out=torch.empty_like(self.total) if place is None else place)
 
 
+def slices(count: int, width: int) -> list[slice]:
+    """Those of `width` places, the last one with what is left."""
+    return [slice(start, min(start + width, count)) for start in range(0, count, width)]
+
+
 def embeddings_by_tokens(
     problem: Problem,
     plan: Plan,
@@ -200,16 +213,13 @@ def embeddings_by_tokens(
     parts = 2 if is_split(problem, plan) else 1
     dz = torch.empty((parts, tokens, width), dtype=problem.operand_dtype, device=e.device)
     sums = torch.empty((tokens, problem.d), dtype=torch.float32, device=e.device)
-    for start in range(0, problem.n, tokens):
-        chunk = slice(start, min(start + tokens, problem.n))
-        rows = chunk.stop - start
+    runs = [Run(s.start, problem.c[s], *_of_columns(problem, s)) for s in slices(problem.v, width)]
+    for chunk in slices(problem.n, tokens):
         own, some = terms.of(chunk), dataclasses.replace(problem, e=e[chunk], targets=problem.targets[chunk])
-        total = label_rows(some, own, shift, sums[:rows])
-        for first in range(0, problem.v, width):
-            columns = slice(first, min(first + width, problem.v))
-            run = Run(first, problem.c[columns], *_of_columns(problem, columns))
-            operands = [buffer[:rows, : columns.stop - first] for buffer in dz]
-            write_dz(some, e[chunk], run, own, operands[0], operands[1] if parts > 1 else None, False)
+        total = label_rows(some, own, shift, sums[: some.n])
+        for run in runs:
+            operands = list(dz[:, : some.n, : run.c.shape[0]])
+            write_dz(some, some.e, run, own, operands[0], operands[1] if parts > 1 else None, False)
             accumulate_parts(total, operands, run.c, False)
         torch.mul(total, terms.scale, out=e[chunk])
     return e

@@ -79,15 +79,11 @@ def next_power_of_2(x: int) -> int:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def architecture(device: torch.device) -> str:
-    """The row of the table for a device; the interpreter (CPU) runs the Hopper row."""
+    """The row of the table for a tensor's device; the interpreter (CPU) runs the Hopper row."""
     if device.type != "cuda":
         return "sm_90"
-    major, _ = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
@@ -107,9 +103,9 @@ def precision_of(x: Tensor) -> str:
 
 def descriptor_fits(x: Tensor) -> bool:
     """Whether the bulk copy engine can read the matrix x: rows contiguous, base and row stride aligned to 16 bytes."""
-    aligned = x.data_ptr() % 16 == 0 and (x.stride(0) * x.element_size()) % 16 == 0
-    big_enough = x.device.type != "cuda" or architecture(x.device) != "sm_80"
-    return big_enough and aligned and x.stride(1) == 1 and x.numel() > 0 and x.stride(0) >= x.shape[1]
+    row, step = x.stride()
+    aligned = (x.data_ptr() | row * x.element_size()) % 16 == 0
+    return step == 1 and aligned and row >= x.shape[1] and x.numel() > 0 and architecture(x.device) != "sm_80"
 
 
 @functools.cache
@@ -118,21 +114,20 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _gluon() -> bool:
-    """Whether this Triton has the Gluon dialect that hopper.py is written in (experimental: 3.6 is what it was tested
-    with).
+def _runs_gluon(device: torch.device) -> bool:
+    """Whether it is a Hopper device and this Triton has the Gluon dialect that hopper.py is written in (experimental:
+    3.6 is what it was tested with).
     """
     import triton
 
-    return triton.__version__.startswith("3.6.")
+    return device.type == "cuda" and architecture(device) == "sm_90" and triton.__version__.startswith("3.6.")
 
 
 def hopper_fits(x: Tensor, tile_fits: bool) -> bool:
     """Whether the warp-specialised kernels take a launch: a Hopper device, 16-bit operands, and the tile they are made
     for.
     """
-    on_hopper = x.device.type == "cuda" and architecture(x.device) == "sm_90"
-    return tile_fits and on_hopper and x.element_size() == 2 and _gluon()
+    return tile_fits and x.element_size() == 2 and _runs_gluon(x.device)
 
 
 def tuned(kernel: str, x: Tensor, run: Callable[[Config], Any]) -> Config:
