@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from cce_precision.kernels import dz, heads, launch, one_pass, terms, tile_filter  # noqa: E402
+from cce_precision.kernels import dz, heads, launch, one_pass, one_pass_rows, terms, tile_filter  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -247,6 +247,22 @@ def test_row_kernels(arch: str) -> None:
         "FEATURES": Constant(512),
     }
     check(labels, one_pass.add_labels_kernel, arch, num_warps=4)
+    powers = {
+        **dict.fromkeys(("maxima", "sums", "reference", "target_logit", "nll", "lse", "label", "factor"), FP32),
+        **dict.fromkeys(("e", "c"), "*bf16"),
+        **dict.fromkeys(("n", "tiles", "d"), "i32"),
+        "targets": I64,
+        "terms": FP32,
+        "again": I32,
+        "stride_c": PAIR,
+        "largest": "fp32",
+        "HEIGHT": Constant(128),
+        "ROWS": Constant(16),
+        "TILES": Constant(64),
+        "FEATURES": Constant(1024),
+    }
+    for kernel in (one_pass_rows.start_rows_kernel, one_pass_rows.restart_rows_kernel, one_pass_rows.heads_kernel):
+        check({name: powers[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
     combine = {
         "partial": FP32,
         "place": I32,

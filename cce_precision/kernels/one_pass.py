@@ -29,12 +29,11 @@ from torch import Tensor
 from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product
-from .dz import block_rows, write_powers
 from .entry import entry
 from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors, next_power_of_2
-from .primitives import wide
+from .one_pass_rows import Rows, fill_powers, finish_rows, plain_terms, weighted_rows
 from .schedule import WIDEST, best_width
-from .terms import RowTerms, TokensByTarget, clean_rows, finish_columns, scale_into
+from .terms import TokensByTarget, clean_rows, finish_columns, scale_into
 
 __all__ = ["Unfinished", "finished", "forward_one_pass", "keeps_powers", "shapes", "tokens_a_chunk"]
 
@@ -42,7 +41,6 @@ _FEWEST_TOKENS = 1024
 _COLUMNS_A_SUM = (
     32768  # tensor cores truncate: the error of one long sum over the vocabulary would show beside the rounding of A
 )
-_LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
 _LIBRARY_BELOW = 2048  # features: with fewer the library's products are faster than hopper_product.py's
 
 
@@ -144,70 +142,6 @@ def shapes(problem: Problem, plan: Plan) -> Unfinished | None:
 
 @entry
 @triton.jit
-def target_logits_kernel(e, c, targets, out, d, stride_c, FEATURES: tl.constexpr):
-    row = tl.program_id(0)
-    target = tl.load(targets + row)
-    total = tl.zeros((FEATURES,), tl.float32)
-    if target >= 0:
-        for k in range(0, d, FEATURES):
-            j = k + tl.arange(0, FEATURES)
-            left = tl.load(e + wide(d) * row + j, mask=j < d, other=0).to(tl.float32)
-            right = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0).to(tl.float32)
-            total += left * right
-    tl.store(out + row, tl.sum(total, 0))
-
-
-@entry
-@triton.jit
-def fold_stats_kernel(stats, odds, top, n, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Row sums and row maxima over the column tiles, in an order that depends on their number alone."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((TILES, ROWS), tl.float32)
-    highest = tl.full((TILES, ROWS), float("-inf"), tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        inside = (tile < tiles)[:, None] & (rows < n)[None, :]
-        at = stats + tile[:, None].to(tl.int64) * n + rows[None, :]
-        total += tl.load(at, mask=inside, other=0.0)
-        highest = tl.maximum(highest, tl.load(at + wide(n) * tiles, mask=inside, other=float("-inf")))
-    tl.store(odds + rows, tl.sum(total, 0), mask=rows < n)
-    tl.store(top + rows, tl.max(highest, 0), mask=rows < n)
-
-
-def fold_stats(stats: Tensor) -> tuple[Tensor, Tensor]:
-    """(row sums, row maxima), (N,) each, of (2, column tiles, N)."""
-    _, tiles, n = stats.shape
-    odds, top = stats.new_empty(n), stats.new_empty(n)
-    fold_stats_kernel[(cdiv(n, 32),)](stats, odds, top, n, tiles, ROWS=32, TILES=32)
-    return odds, top
-
-
-@entry
-@triton.jit
-def finish_rows_kernel(
-    total,  # (N, D) fp32, in and out
-    c,  # (V, D)
-    targets,  # (N,), -1 where ignored
-    factor,  # (N,) fp32 of the sums
-    label,  # (N,) fp32 of c_t
-    d,
-    stride_c,
-    FEATURES: tl.constexpr,
-):
-    row = tl.program_id(0)
-    j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    value = tl.zeros((FEATURES,), tl.float32)
-    target = tl.load(targets + row)
-    at = total + wide(d) * row + j
-    if target >= 0:
-        value = tl.load(at, mask=j < d, other=0.0) * tl.load(factor + row)
-        c_t = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0)
-        value += tl.load(label + row) * c_t.to(tl.float32)
-    tl.store(at, value, mask=j < d)
-
-
-@entry
-@triton.jit
 def add_labels_kernel(
     total,  # (V, D) fp32, in and out
     e,  # (N, D) contiguous
@@ -243,62 +177,6 @@ def add_labels_kernel(
         tl.store(at, value, mask=j < d)
 
 
-def _plain_terms(targets: Tensor, reference: Tensor, label: Tensor, scale: Tensor) -> RowTerms:
-    """Terms that make dZ the powers relative to `reference` (T,), with the label apart."""
-    none = torch.zeros_like(reference)
-    rows = torch.stack([reference, torch.ones_like(reference), none, none, none, none])
-    return RowTerms(targets, rows, label, scale, False, False, False, False)
-
-
-def _powers(problem: Problem, e: Tensor, targets: Tensor, reference: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills powers; returns (sum of each row's powers, the reference that they are relative to), (T,) each."""
-
-    def terms(r: Tensor) -> RowTerms:
-        return _plain_terms(targets, r, r, r)
-
-    stats = write_powers(problem, e, problem.c, terms(reference), powers, None, None)
-    _, top = fold_stats(stats)
-    high = top - reference > _LARGEST_EXPONENT  # such rows start again from their maximum
-    reference = torch.where(high, top, reference)
-    height = block_rows(problem.c)
-    blocks = -(-high.numel() // height)
-    again = torch.nn.functional.pad(high, (0, blocks * height - high.numel())).view(blocks, height).any(1)
-    write_powers(problem, e, problem.c, terms(reference), powers, again.to(torch.int32), stats)
-    return fold_stats(stats)[0], reference
-
-
-class _Rows(NamedTuple):
-    """What the powers of some tokens tell of them, (T,) fp32 each; 0 where ignored."""
-
-    nll: Tensor
-    lse: Tensor
-    label: Tensor  # P_t - 1
-    factor: Tensor  # exp(r - lse)
-
-
-def _rows(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor) -> _Rows:
-    """Of the tokens e (T, D) contiguous, ignored ones 0; fills their powers."""
-    inside = targets >= 0
-    features = min(1024, next_power_of_2(problem.d))
-    z_t = torch.empty(e.shape[0], dtype=torch.float32, device=e.device)
-    c = problem.c
-    target_logits_kernel[(e.shape[0],)](e, c, targets, z_t, problem.d, tuple(c.stride()), FEATURES=features)
-    odds, reference = _powers(problem, e, targets, z_t, powers)
-    gap = torch.log(odds) + (reference - z_t)  # log of the odds against the target
-    moved = torch.clamp(gap, min=0) + torch.log1p(torch.exp(-gap.abs()))
-    loss = torch.where(reference == z_t, torch.log1p(odds), moved)
-    found = loss, z_t + loss, torch.expm1(-loss), torch.exp(reference - z_t - loss)
-    return _Rows(*(torch.where(inside, x, 0) for x in found))
-
-
-def _finish_rows(problem: Problem, total: Tensor, chunk: slice, rows: _Rows) -> None:
-    """total (T, D) fp32 = the gradients of the chunk's tokens, from the products of their powers."""
-    features, c = min(1024, next_power_of_2(problem.d)), problem.c
-    finish_rows_kernel[(total.shape[0], cdiv(problem.d, features))](
-        total, c, problem.targets[chunk], rows.factor, rows.label, problem.d, tuple(c.stride()), FEATURES=features
-    )
-
-
 def _aligned(problem: Problem) -> Problem:
     """The same with a classifier that the bulk copy engine reads, where `Runs` counts on it."""
     if not _by_hopper(problem) or descriptor_fits(problem.c):
@@ -315,8 +193,9 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
     left = shapes(problem, plan)
     assert left is not None
     if left.powers.numel():
-        kept = _aligned(problem)
-        rows = _rows(kept, clean_rows(problem), problem.targets, left.powers[:, : min(problem.v, left.powers.shape[1])])
+        rows = Rows.empty(problem.n, problem.e.device)
+        powers = left.powers[:, : min(problem.v, left.powers.shape[1])]
+        fill_powers(_aligned(problem), clean_rows(problem), problem.targets, powers, rows)
         left = left._replace(factor=rows.factor, label=rows.label)
     else:
         rows = _by_chunks(problem, plan, left)
@@ -324,34 +203,32 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
     return Heads(rows.nll, rows.lse, none(0), none(0), none(0, dtype=torch.int64)), left
 
 
-def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> _Rows:
+def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> Rows:
     """Fills the sums, chunk after chunk of tokens."""
     tokens = tokens_a_chunk(problem, plan)
     assert tokens is not None
     n, v, d, c, targets = problem.n, problem.v, problem.d, problem.c, problem.targets
     e = clean_rows(problem)
     powers = torch.empty((tokens, -(-v // 8) * 8), dtype=c.dtype, device=c.device)[:, :v]
-    found = []
+    rows = Rows.empty(n, c.device)
     for start in range(0, n, tokens):
         chunk = slice(start, min(start + tokens, n))
-        own = powers[: chunk.stop - start]
-        rows = _rows(problem, e[chunk], targets[chunk], own)
-        found.append(rows)
+        own, some = powers[: chunk.stop - start], rows.of(chunk)
+        fill_powers(problem, e[chunk], targets[chunk], own, some)
         if left.sums_e.numel():
             for column in range(0, v, _COLUMNS_A_SUM):
                 run = slice(column, min(column + _COLUMNS_A_SUM, v))
                 accumulate_product(left.sums_e[chunk], own[:, run], c[run], column == 0)
-            _finish_rows(problem, left.sums_e[chunk], chunk, rows)
+            finish_rows(problem, left.sums_e[chunk], chunk, some)
         if left.sums_c.numel():
-            accumulate_product(left.sums_c, own.T, (e[chunk] * rows.factor[:, None]).to(c.dtype), start == 0)
-    whole = _Rows(*map(torch.cat, zip(*found)))
+            accumulate_product(left.sums_c, own.T, weighted_rows(e[chunk], some.factor), start == 0)
     if left.sums_c.numel():
         values, order = torch.sort(targets, stable=True)
         width = min(512, next_power_of_2(d))
         add_labels_kernel[(n, cdiv(d, width))](
-            left.sums_c, e, values, order, whole.label, n, d, TOKENS=16, FEATURES=width
+            left.sums_c, e, values, order, rows.label, n, d, TOKENS=16, FEATURES=width
         )
-    return whole
+    return rows
 
 
 def finished(
@@ -379,10 +256,10 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
     """Fills d_c from the powers of all tokens. Returns dE without the factor, (N, D) fp32, if needed."""
     n, v, d, c = problem.n, problem.v, problem.d, problem.c
     e, runs = clean_rows(problem), Runs.of(problem)
-    rows = (e * left.factor[:, None]).to(c.dtype)
+    rows = weighted_rows(e, left.factor)
     total = torch.zeros((n, d) if need_e else 0, dtype=torch.float32, device=e.device)
     segments = None if d_c is None else TokensByTarget.of(problem.targets, v)
-    terms = _plain_terms(problem.targets, left.label, left.label, factor)
+    terms = plain_terms(problem.targets, left.label.expand(6, -1), left.label, factor)  # the labels' alone
     library = _by_library(problem)
     sums = torch.empty((min(v, WIDEST), d) if library and d_c is not None else 0, dtype=torch.float32, device=e.device)
     width = min(runs.columns, WIDEST)
@@ -404,5 +281,5 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
             accumulate_product(sums[: run.stop - start], powers.T, rows, True)
             finish_columns(d_c, sums[: run.stop - start], start, e, terms, segments, None, None, None)
     if need_e:
-        _finish_rows(problem, total, slice(0, n), _Rows(left.label, left.label, left.label, left.factor))
+        finish_rows(problem, total, slice(0, n), Rows(left.label, left.label, left.label, left.factor))
     return total
