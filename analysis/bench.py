@@ -6,8 +6,8 @@
     rounds   every method in turn, then every method again, so that drift of the machine meets all alike; the first
              round of calls (warm-up, memory, check) is not timed; a time is the median over the rounds, its spread the
              interquartile range
-    turn     on CUDA a method repeats its step for 0.2 s, and the second half counts: a GPU lowers its clock under load
-             within tens of milliseconds, and training is load. On a CPU one step
+    turn     on CUDA a method repeats its step for 1.2 s, and the second half counts: a GPU lowers its clock under load
+             for some half a second, and training is load. On a CPU one step
     graph    on CUDA, after the last round, the whole step as one CUDA graph, replayed for a turn: the host's time to
              launch kernels is left out. Of our methods and PyTorch's alone: those of cut-cross-entropy and Liger wait
              for the device in their step, and a capture that fails leaves PyTorch's generator unusable
