@@ -172,6 +172,7 @@ def test_graph_replay() -> None:
         return heads.nll, *kernels.backward(problem, plan, heads, upstream, (True, True, False), seed)[:2]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.current_stream().wait_stream(stream)

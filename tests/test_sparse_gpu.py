@@ -151,6 +151,7 @@ def test_graph_replay_follows_the_data(impl: str) -> None:
         return kernels.backward(problem, plan, heads, upstream, (True, True, False), seed, bits)[:2]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
