@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from cce_precision.kernels import dz, heads, launch, one_pass, one_pass_rows, terms, tile_filter  # noqa: E402
+from cce_precision.kernels import dz, heads, launch, one_pass, one_pass_rows, row_terms, terms, tile_filter  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -263,6 +263,18 @@ def test_row_kernels(arch: str) -> None:
     }
     for kernel in (one_pass_rows.start_rows_kernel, one_pass_rows.restart_rows_kernel, one_pass_rows.heads_kernel):
         check({name: powers[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
+    upstream = {
+        "upstream": (FP32,) * 4,
+        "strides": ("i32",) * 4,
+        **dict.fromkeys(("total", "power", "scale", "nll", "lse", "entropy", "terms", "label"), FP32),
+        **dict.fromkeys(("targets", "problem_targets"), I64),
+        **dict.fromkeys(("temperature", "over_cap"), "fp32"),
+        "n": "i32",
+        "TOKENS": Constant(512),
+        "FLAGS": Constant((True,) * 5),
+    }
+    for kernel in (row_terms.power_kernel, row_terms.row_terms_kernel):
+        check({name: upstream[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
     combine = {
         "partial": FP32,
         "place": I32,

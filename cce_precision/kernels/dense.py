@@ -22,6 +22,7 @@ from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, write_dz
 from .exact import NARROWEST, products_by_hopper, walk
 from .record import candidates
+from .row_terms import row_terms
 from .schedule import WIDEST
 from .terms import (
     RowTerms,
@@ -31,7 +32,6 @@ from .terms import (
     finish_columns,
     label_rows,
     matvec,
-    row_terms,
     weighted_sum,
 )
 from .tile_filter import tile_product

@@ -44,17 +44,18 @@ def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     or of what is no number the value.
     """
     found: list[Any] = []
-    for x in arguments:
-        if isinstance(x, Tensor):
-            found.append((x.dtype, x.data_ptr() & 15 == 0))
-        elif type(x) is int:
+    for x in arguments:  # the commonest first: this is a good part of a launch
+        kind = type(x)
+        if kind is int:
             found.append(-1 if x == 1 else (x.bit_length() >> 5) << 2 | (x & 15 == 0) << 1 | (x < 0))
-        elif type(x) is Tiles:
+        elif kind is Tiles:
             found.append((x.base.dtype, x.block, id(x.layout)))
-        elif type(x) is tuple:
+        elif isinstance(x, Tensor):
+            found.append((x.dtype, x.data_ptr() & 15 == 0))
+        elif kind is tuple:
             found.append(kinds(x))
         else:
-            found.append(float if type(x) is float else (type(x), x))
+            found.append(float if kind is float else (kind, x))
     return tuple(found)
 
 

@@ -25,6 +25,7 @@ from .entries import Buffers, Entries, entries_of, seen_of
 from .exact import NARROWEST, exact_where, least_pool, room_for
 from .hits import BLOCK, found_again, kept_filter, words_of
 from .lists import counts_of, lists_of
+from .row_terms import row_terms
 from .schedule import WIDEST
 from .sparse import finish_blocks, finish_rows
 from .subsets import Tail, members, tail_of
@@ -35,7 +36,6 @@ from .terms import (
     finish_bias,
     finish_columns,
     label_rows,
-    row_terms,
     scale_into,
     weighted_sum,
 )

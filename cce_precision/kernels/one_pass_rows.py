@@ -15,7 +15,7 @@ from ..problem import Problem
 from .dz import block_rows, write_powers
 from .entry import entry
 from .launch import cdiv, next_power_of_2
-from .primitives import LN2, LOG2E, expm1, log1p, wide
+from .primitives import exp, expm1, log1p, wide
 from .terms import RowTerms
 
 __all__ = ["Rows", "fill_powers", "finish_rows", "plain_terms", "weighted_rows"]
@@ -132,15 +132,12 @@ def heads_kernel(
     r, z_t = tl.load(reference + rows, mask=rows < n, other=0.0), tl.load(target_logit + rows, mask=rows < n, other=0.0)
     counts = tl.load(targets + rows, mask=rows < n, other=-1) >= 0
     gap = tl.log(odds) + (r - z_t)  # log of the odds against the target
-    moved = tl.maximum(gap, 0.0) + log1p(tl.exp2(-tl.abs(gap) * LOG2E))
+    moved = tl.maximum(gap, 0.0) + log1p(exp(-tl.abs(gap)))
     loss = tl.where(r == z_t, log1p(odds), moved)
-    x = r - z_t - loss
-    power = x * LOG2E
-    scale = tl.exp2(power) * (1.0 + tl.fma(x, LOG2E, -power) * LN2)  # with what rounding the exponent lost
     tl.store(nll + rows, tl.where(counts, loss, 0.0), mask=rows < n)
     tl.store(lse + rows, tl.where(counts, z_t + loss, 0.0), mask=rows < n)
     tl.store(label + rows, tl.where(counts, expm1(-loss), 0.0), mask=rows < n)
-    tl.store(factor + rows, tl.where(counts, scale, 0.0), mask=rows < n)
+    tl.store(factor + rows, tl.where(counts, exp(r - z_t - loss), 0.0), mask=rows < n)
 
 
 def fill_powers(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor, found: Rows) -> None:

@@ -121,6 +121,14 @@ def log1p(x):
 
 
 @triton.jit
+def exp(x):
+    """e^x to a few ulp: with what rounding the exponent of two lost."""
+    power = x * LOG2E
+    lost = tl.where(tl.abs(power) < 256.0, tl.fma(x, LOG2E, -power), 0.0)
+    return tl.exp2(power) * (1.0 + lost * LN2)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 to a few ulp for x <= 0: a Taylor polynomial down to -1/2 (truncation < 2^-26 relative), else the
     difference.

@@ -1,4 +1,4 @@
-"""What the backward passes share: row terms of dZ, the targets in order, and small kernels over rows."""
+"""What the backward passes share: the record of the row terms, the targets in order, and small kernels over rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics import power_of_two
-from ..problem import Heads, Plan, Problem, Upstream
+from ..problem import Problem
 from .entry import entry
 from .launch import cdiv, next_power_of_2
 from .primitives import round_to, wide
@@ -23,13 +22,9 @@ __all__ = [
     "finish_bias",
     "label_rows",
     "matvec",
-    "row_terms",
     "scale_into",
     "weighted_sum",
 ]
-
-
-NEGLIGIBLE = 1024.0  # exp of minus that is 0
 
 
 @dataclass(frozen=True)
@@ -55,55 +50,6 @@ class RowTerms:
         """Those of some tokens, beside each other."""
         rows = self.terms[:, chunk].contiguous()
         return replace(self, targets=self.targets[chunk], terms=rows, label=self.label[chunk])
-
-
-def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, targets: Tensor) -> RowTerms:
-    """The row terms for targets (N,) in visiting order. Formulas: problem.py."""
-    counts = problem.targets >= 0
-    zero = torch.zeros((), dtype=torch.float32, device=problem.e.device)
-
-    def factor(g: Tensor | None) -> Tensor:
-        return torch.where(counts, zero if g is None else g.to(torch.float32), zero)
-
-    beta, sigma, kappa = factor(upstream.nll), factor(upstream.smooth), factor(upstream.entropy)
-    alpha = beta if upstream.lse is None else beta + factor(upstream.lse)
-    if upstream.smooth is not None:
-        weight = problem.column_weight
-        alpha = alpha + (problem.v if weight is None else weight.sum()) * sigma
-    factors = torch.stack([alpha, beta, kappa, sigma])
-    power = power_of_two(factors)
-    alpha, beta, kappa, sigma = factors / power
-    lse, nll = heads.lse, heads.nll
-    p_t = torch.exp(-nll)
-    label = (alpha - beta) * p_t + beta * torch.expm1(-nll)
-    entropy = zero.expand(problem.n)
-    if upstream.entropy is not None:
-        entropy = heads.entropy
-        label = label - kappa * (entropy - nll.clamp(max=NEGLIGIBLE)) * p_t  # P_t = 0 there, and nll may be inf
-    if problem.softcap is not None and plan.variant.label_apart:
-        label = label * (1 - ((lse - nll) * (problem.temperature / problem.softcap)) ** 2)
-    at_target = -torch.expm1(-nll)  # what a tile filter compares there: |P - onehot|, and P too for heads beside nll
-    if not upstream.of_nll_alone:
-        at_target = torch.maximum(at_target, p_t)
-    return RowTerms(
-        targets=targets,
-        terms=torch.stack(
-            [
-                torch.where(counts, lse, torch.inf),
-                alpha,
-                kappa,
-                entropy,
-                sigma,
-                torch.where(counts, at_target, zero),
-            ]
-        ),
-        label=torch.where(counts, label, zero),
-        scale=power / problem.temperature,
-        entropy=upstream.entropy is not None,
-        smooth_inside=upstream.smooth is not None and problem.softcap is not None,
-        smooth_apart=upstream.smooth is not None and problem.softcap is None,
-        label_inside=not plan.variant.label_apart,
-    )
 
 
 @dataclass(frozen=True)
