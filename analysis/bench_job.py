@@ -35,6 +35,7 @@ __all__ = [
     "allocated",
     "captured",
     "check",
+    "deferred",
     "device_name",
     "is_file",
     "measure",
@@ -148,6 +149,19 @@ def _quiet() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(sink)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C waits for the end: in the capture of a CUDA graph it would end the process, and with it what was measured."""
+    came: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *event: came.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def allocated(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
@@ -343,7 +357,7 @@ class _Bench:
                 step()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with deferred(), torch.cuda.graph(graph):
                 loss = step()
 
             def replay() -> list[Any]:

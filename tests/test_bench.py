@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -205,6 +207,18 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     with pytest.raises(bench_job.Interrupted) as stopped:
         measure(TINY, [EXACT], CPU, repeat=5, say=interrupt)
     assert by_kind(stopped.value.rows, "cce_exact")["loss-fw-bw"]["rounds"] == 2
+
+
+def test_ctrl_c_waits_for_a_capture() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), bench_job.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        done.append("to its end")
+    assert done
+    with pytest.raises(KeyboardInterrupt):  # as before
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
 
 
 def planned(out: Path, **options: object) -> bench.Plan:
