@@ -5,6 +5,7 @@ passes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from cce_precision.analysis.bounds import INTERPRETER, bound
 from cce_precision.analysis.fuzz import compare, judge, judge_outputs, outputs
 from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import truth
-from cce_precision.numerics import unit_roundoff
-from cce_precision.problem import Plan, Problem, Upstream
+from cce_precision.numerics import power_of_two, unit_roundoff
+from cce_precision.problem import Heads, Plan, Problem, Upstream
 from tests.strategies import TILED, knobs
 
 pytestmark = pytest.mark.interpreter
@@ -335,3 +336,41 @@ def test_a_zero_gradient_is_rejected() -> None:
     for name in ("dE", "dC"):
         mutant = computed | {name: torch.zeros_like(computed[name])}
         assert not judge_outputs(call, mutant, exact, allowed).holds
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("names", ["nll", "nll lse", "nll smooth", "nll lse entropy smooth", "lse"])
+def test_row_terms(names: str, temperature: float) -> None:
+    """Upstream gradients of any stride, divided by one power of two; a NaN in its row, an ignored token in none."""
+    from cce_precision.kernels.row_terms import row_terms
+
+    n, v = 700, 9
+    generator = torch.Generator().manual_seed(5)
+    targets = torch.randint(0, v, (n,), generator=generator)
+    targets[::7] = -1
+    weight = torch.rand(v, generator=generator)
+    problem = Problem(torch.zeros(n, 4), torch.zeros(v, 4), targets, temperature=temperature, column_weight=weight)
+    nll = torch.rand(n, generator=generator) * 9
+    nll[3], nll[5] = torch.inf, 0
+    heads = Heads(nll, torch.rand(n, generator=generator), torch.rand(n, generator=generator), nll, targets)
+    values = {name: torch.randn(n, 2, generator=generator)[:, 0] * 300 for name in names.split()}
+    if names == "nll":
+        values["nll"] = torch.full((), 3e-20).expand(n)
+    else:
+        next(iter(values.values()))[11] = torch.nan
+    upstream = Upstream(*(values.get(name) for name in ("nll", "lse", "entropy", "smooth")))
+    found = row_terms(problem, Plan(EXACT, want_entropy=True), heads, upstream, targets)
+
+    counts, zero = targets >= 0, torch.zeros(n)
+    beta, lse, kappa, sigma = (torch.where(counts, values.get(name, zero), 0) for name in Upstream._fields)
+    alpha = beta + lse + (weight.sum() * sigma if "smooth" in values else 0)
+    power = power_of_two(torch.stack([alpha, beta, kappa, sigma]))
+    equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    equal(found.scale, power / temperature)
+    equal(found.terms[0], torch.where(counts, heads.lse, torch.inf))
+    for row, expected in ((1, alpha), (2, kappa), (4, sigma)):
+        equal(found.terms[row], expected / power)
+    equal(found.label[3], -(beta / power)[3])  # P_t = 0
+    equal(found.label[5], (alpha / power - beta / power - kappa / power * heads.entropy)[5])  # P_t = 1
+    assert not found.label[~counts].any() and found.label[counts].any()
+    assert torch.equal(found.label.isnan().nonzero(), (counts & (torch.arange(n) == 11) & (names != "nll")).nonzero())
