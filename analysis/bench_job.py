@@ -153,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Ctrl-C waits for the end: in the capture of a CUDA graph it would end the process, and with it what was measured."""
+    """Ctrl-C waits for the end: the capture of a CUDA graph would end the process, and what was measured were lost."""
     came: list[Any] = []
     before = signal.signal(signal.SIGINT, lambda *event: came.append(event))
     try:

@@ -45,6 +45,7 @@ def within_bounds(k: Knobs) -> None:
 @example(Knobs(n=9, v=17, d=16, pattern="huge", impl="cce_split"))
 @example(Knobs(n=2, v=12, d=1, seed=68285777, bias="fp32", pattern="masked", use_entropy=True))
 @example(Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0))
+@example(Knobs(n=1, v=1, d=1, pattern="subnormal"))
 def test_every_output_is_within_its_bound(k: Knobs) -> None:
     within_bounds(k)
 

@@ -15,7 +15,7 @@ from ..problem import Problem
 from .dz import block_rows, write_powers
 from .entry import entry
 from .launch import cdiv, next_power_of_2
-from .primitives import exp, expm1, log1p, wide
+from .primitives import exp, expm1, log1p, wide, widened
 from .terms import RowTerms
 
 __all__ = ["Rows", "fill_powers", "finish_rows", "plain_terms", "weighted_rows"]
@@ -66,9 +66,9 @@ def start_rows_kernel(
     if target >= 0:
         for k in range(0, d, FEATURES):
             j = k + tl.arange(0, FEATURES)
-            left = tl.load(e + wide(d) * row + j, mask=j < d, other=0).to(tl.float32)
-            right = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0).to(tl.float32)
-            total += left * right
+            left = tl.load(e + wide(d) * row + j, mask=j < d, other=0)
+            right = tl.load(c + target * stride_c[0] + j.to(tl.int64) * stride_c[1], mask=j < d, other=0)
+            total += widened(left) * widened(right)
     z_t = tl.sum(total, 0)
     tl.store(target_logit + row, z_t)
     field = tl.arange(0, 8)

@@ -71,9 +71,18 @@ def load_tile(
 def multiply_add(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b with fp32 accumulation."""
     if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
+        return acc + tl.dot(widened(a), widened(b))
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def widened(x):
+    """x in fp32. The interpreter makes other numbers of what is subnormal in bf16, so there the bits are moved."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
