@@ -153,7 +153,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Ctrl-C waits for the end: the capture of a CUDA graph would end the process, and what was measured were lost."""
+    """Ctrl-C waits for the end: an interrupted capture of a CUDA graph may take the process and its numbers with it."""
     came: list[Any] = []
     before = signal.signal(signal.SIGINT, lambda *event: came.append(event))
     try:
