@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..problem import Problem
 from .entry import Tiles, entry
+from .primitives import decay_of, either, reference_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows of one consumer
@@ -36,6 +37,25 @@ def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
     size = gl.minimum(blocks - first, GROUP)
     place = unit % width
     return first + place % size, place // size
+
+
+@gluon.jit
+def operands(e, c, STAGES: gl.constexpr):
+    """The ring's tiles of token rows and of columns."""
+    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
+    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
+    return left, right
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr):
+    """The ring's barriers: a stage is full when its copies have arrived, and free when both consumers have read it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    return full, free
 
 
 @gluon.jit
@@ -120,8 +140,46 @@ def halves(x):
 
 
 @gluon.jit
-def either(a, b):
-    return a | b
+def without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS: gl.constexpr, layout: gl.constexpr):
+    """The logits (64, 256) of a tile, -inf at the targets, whose own are stored, and beyond the vocabulary; which rows
+    have their target there, and where. FLAGS: (bias, softcap, ...).
+    """
+    z = acc
+    local = target - tile * COLUMNS
+    hit = (local >= 0) & (local < COLUMNS)
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    if FLAGS[0]:
+        at = tile * COLUMNS + columns
+        z += gl.load(bias + at, mask=at < v, other=0.0).to(gl.float32)[None, :]
+    if FLAGS[1]:
+        z = softcap * tanh(z * (1.0 / softcap))
+    if tile * COLUMNS + COLUMNS > v:
+        z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
+    if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target
+        own = columns[None, :] == local[:, None]
+        gl.store(target_logit + rows, gl.sum(gl.where(own, z, 0.0), 1), mask=hit)
+        z = gl.where(own, float("-inf"), z)
+    return z, hit, local
+
+
+@gluon.jit
+def online_softmax_update(m, s, z, highest, scale):
+    """primitives.online_softmax_update of a tile whose row maxima are `highest`: m, s, the reference, the exponents
+    below it, and their powers.
+    """
+    top = gl.maximum(m, highest)
+    reference = reference_of(top, scale)
+    below = z * scale - reference[:, None]
+    p = gl.exp2(below)
+    return top, decay_of(m, top, scale) * s + gl.sum(p, 1), reference, below, p
+
+
+@gluon.jit
+def store_partial(partial, m, s, rows, inside, split, splits, n):
+    """The running maximum and sum of a split into (2, splits, N)."""
+    out = partial + split.to(gl.int64) * n + rows
+    gl.store(out, m, mask=inside)
+    gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
 
 
 @gluon.jit
@@ -145,29 +203,10 @@ def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.co
         if FLAGS[2]:
             lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
         acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
-        z = acc
-        local = target - tile * COLUMNS
-        hit = (local >= 0) & (local < COLUMNS)
+        z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
         columns = gl.arange(0, COLUMNS, by_column)
-        if FLAGS[0]:
-            at = tile * COLUMNS + columns
-            z += gl.load(bias + at, mask=at < v, other=0.0).to(gl.float32)[None, :]
-        if FLAGS[1]:
-            z = softcap * tanh(z * (1.0 / softcap))
-        if tile * COLUMNS + COLUMNS > v:
-            z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
-        if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target
-            own = columns[None, :] == local[:, None]
-            gl.store(target_logit + rows, gl.sum(gl.where(own, z, 0.0), 1), mask=hit)
-            z = gl.where(own, float("-inf"), z)
         highest = gl.max(z, 1)
-        top = gl.maximum(m, highest)
-        reference = gl.where(top == float("-inf"), 0.0, top * scale)
-        below = z * scale - reference[:, None]
-        p = gl.exp2(below)
-        decay = gl.where(m == top, 1.0, gl.exp2((m - top) * scale))
-        s = decay * s + gl.sum(p, 1)
-        m = top
+        m, s, reference, below, _ = online_softmax_update(m, s, z, highest, scale)
         if FLAGS[2]:
             known = m * scale + gl.log2(s)
             gl.atomic_max(bounds + rows, known, mask=inside & (known > lowest + 0.25))
@@ -178,9 +217,7 @@ def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.co
                 place = gl.arange(0, 8, words.type.layout)
                 out = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
                 gl.atomic_or(out, words, mask=words != 0)
-    out = partial + split.to(gl.int64) * n + rows
-    gl.store(out, m, mask=inside)
-    gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
+    store_partial(partial, m, s, rows, inside, split, splits, n)
 
 
 @entry
@@ -206,13 +243,8 @@ def hopper_forward_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
-    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    left, right = operands(e, c, STAGES)
+    full, free = barriers(STAGES)
     block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)

@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..problem import Problem
 from .entry import entry
-from .hopper import COLUMNS, DEPTH, HALF, LOG2E, ROWS, copy_tiles, describe, logits_half, place_of, tanh
+from .hopper import (
+    COLUMNS,
+    HALF,
+    LOG2E,
+    ROWS,
+    barriers,
+    copy_tiles,
+    describe,
+    logits_half,
+    operands,
+    place_of,
+    tanh,
+)
 from .launch import multiprocessors
 from .record import units_of
 from .terms import RowTerms
@@ -131,14 +143,9 @@ def hopper_dz_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
-    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
+    left, right = operands(e, c, STAGES)
     out = gl.allocate_shared_memory(dz.dtype, [2, HALF, COLUMNS], dz.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    full, free = barriers(STAGES)
     blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
     units = blocks * tiles

@@ -9,37 +9,30 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..problem import Problem
 from .entry import entry
-from .hopper import COLUMNS, DEPTH, HALF, ROWS, copy_tiles, describe, either, halves, logits_half, place_of, tanh
-from .primitives import BEYOND
+from .hits import how_many
+from .hopper import (
+    COLUMNS,
+    HALF,
+    ROWS,
+    barriers,
+    copy_tiles,
+    describe,
+    halves,
+    logits_half,
+    online_softmax_update,
+    operands,
+    place_of,
+    store_partial,
+    without_target,
+)
+from .primitives import BEYOND, column_word, either, row_word
 
 __all__ = ["launch_hits"]
 
 BLOCKS = gl.constexpr(COLUMNS.value // 16)  # of a tile, a bit each
-
-
-@gluon.jit
-def folded(x):
-    """primitives.folded."""
-    return x ^ (x >> 16)
-
-
-@gluon.jit
-def mix32(x):
-    """primitives.mix32."""
-    x = folded(x) * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@gluon.jit
-def row_word(seed_low, seed_high, row):
-    """primitives.row_word."""
-    return folded(mix32(mix32(row ^ mix32(seed_low)) ^ seed_high))
 
 
 @gluon.jit
@@ -71,19 +64,10 @@ def drawn_bits(p, limit, by_row, first):
         columns = first + gl.arange(0, p.shape[1], gl.SliceLayout(0, p.type.layout))
         rows = gl.convert_layout(by_row, gl.SliceLayout(1, p.type.layout))
         limits = gl.convert_layout(limit, gl.SliceLayout(1, p.type.layout))
-        by_column = folded(columns.to(gl.uint32) * 0x9E3779B9)  # primitives.column_word
+        by_column = column_word(columns.to(gl.uint32))
         words = [rows[:, None], by_column[None, :], p, limits[:, None]]
         x = gl.inline_asm_elementwise(BEYOND, "=f,r,r,f,f", words, dtype=gl.float32, is_pure=True, pack=1)
         return block_bits(x, gl.full([HALF], 1.0e-37, gl.float32, limit.type.layout))
-
-
-@gluon.jit
-def how_many(words):
-    """hits.how_many."""
-    words -= (words >> 1) & 0x5555
-    words = (words & 0x3333) + ((words >> 2) & 0x3333)
-    words = (words + (words >> 4)) & 0x0F0F
-    return (words + (words >> 8)) & 31
 
 
 @gluon.jit
@@ -95,7 +79,6 @@ def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
     ) = shared  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
-    by_column: gl.constexpr = gl.SliceLayout(0, layout)
     each_thread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
     inside = rows < n
@@ -111,27 +94,8 @@ def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
     for tile in range(first, last):
         beyond_room = gl.load(hits + gl.zeros([128], gl.int32, each_thread), volatile=True)
         acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
-        z = acc
-        local = target - tile * COLUMNS
-        hit = (local >= 0) & (local < COLUMNS)
-        columns = gl.arange(0, COLUMNS, by_column)
-        if FLAGS[0]:
-            at = tile * COLUMNS + columns
-            z += gl.load(bias + at, mask=at < v, other=0.0).to(gl.float32)[None, :]
-        if FLAGS[1]:
-            z = softcap * tanh(z * (1.0 / softcap))
-        if tile * COLUMNS + COLUMNS > v:
-            z = gl.where((columns < v - tile * COLUMNS)[None, :], z, float("-inf"))
-        if gl.max(hit.to(gl.int32), 0) > 0:  # few tiles hold a target
-            own = columns[None, :] == local[:, None]
-            gl.store(target_logit + rows, gl.sum(gl.where(own, z, 0.0), 1), mask=hit)
-            z = gl.where(own, float("-inf"), z)
-        top = gl.maximum(m, gl.max(z, 1))
-        reference = gl.where(top == float("-inf"), 0.0, top * scale)
-        p = gl.exp2(z * scale - reference[:, None])
-        decay = gl.where(m == top, 1.0, gl.exp2((m - top) * scale))
-        s = decay * s + gl.sum(p, 1)
-        m = top
+        z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
+        m, s, reference, _, p = online_softmax_update(m, s, z, gl.max(z, 1), scale)
         lowest = gl.maximum(known, m * scale + gl.log2(s)) + log_eps
         if gl.max(beyond_room, 0) > 0:  # one answer for all threads, which read at different times
             blocks = gl.minimum((v - tile * COLUMNS + 15) // 16, BLOCKS)
@@ -146,9 +110,7 @@ def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
             gl.atomic_add(hits, gl.sum(gl.where(target >= 0, how_many(bits), 0), 0), sem="relaxed")
         place = record + gl.to_tensor(n).to(gl.int64) * tile + rows
         gl.store(place, gl.where(target >= 0, bits, 0).to(gl.int16), mask=inside)
-    out = partial + split.to(gl.int64) * n + rows
-    gl.store(out, m, mask=inside)
-    gl.store(out + gl.to_tensor(splits).to(gl.int64) * n, s, mask=inside)
+    store_partial(partial, m, s, rows, inside, split, splits, n)
 
 
 @entry
@@ -172,13 +134,8 @@ def hopper_hits_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
-    right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    left, right = operands(e, c, STAGES)
+    full, free = barriers(STAGES)
     n, v, d, first_id = shape
     softcap, scale, log_eps = scalars
     block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .entry import Tiles, entry
-from .hopper import describe, halves
+from .hopper import barriers, describe, halves
 from .hopper_dz import store_half
 from .launch import descriptor_fits, hopper_fits, multiprocessors
 from .schedule import schedule
@@ -256,11 +256,7 @@ def hopper_product_kernel(
     left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, DEPTH], dz.layout)
     right = gl.allocate_shared_memory(e.dtype, [STAGES, DEPTH, FEATURES], e.layout)
     staging = gl.allocate_shared_memory(out.dtype, [2, HALF, FEATURES], out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    full, free = barriers(STAGES)
     n, width, d, start, v = shape
     across = (d + FEATURES - 1) // FEATURES
     program, programs = gl.program_id(0), gl.num_programs(0)

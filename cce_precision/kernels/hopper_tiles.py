@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .entry import entry
-from .hopper import describe
+from .hopper import barriers, describe
 
 OWN = gl.constexpr(128)  # rows of the output that one program owns
 STEP = gl.constexpr(128)  # rows of one walked tile
@@ -148,11 +148,7 @@ def hopper_tile_product_kernel(
 ):
     left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, HALF], dz.layout)
     right = gl.allocate_shared_memory(other.dtype, [STAGES, HALF, FEATURES], other.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    full, free = barriers(STAGES)
     owner = gl.program_id(0)
     first = gl.program_id(1) * FEATURES
     shared = (
