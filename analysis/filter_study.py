@@ -21,6 +21,7 @@ The same command goes on where it stopped, after Ctrl-C or at its limit, and tri
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -340,15 +341,12 @@ def unit_of(row: Row) -> tuple[Any, ...]:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Says what is measured right now: in place on a terminal where rich is there, else in lines."""
-    if sys.stderr.isatty():
-        try:
-            from rich.console import Console
-        except ImportError:
-            pass
-        else:
-            with Console(stderr=True).status("") as status:
-                yield status.update
-            return
+    if sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        from rich.console import Console
+
+        with Console(stderr=True).status("") as status:
+            yield status.update
+        return
     yield lambda what: print(what, file=sys.stderr, flush=True)
 
 

@@ -36,7 +36,7 @@ from .terms import (
 )
 from .tile_filter import tile_product
 
-__all__ = ["backward_by_runs"]
+__all__ = ["accumulate_product", "backward_by_runs", "slices", "visiting_order"]
 
 DEFAULT_WORKSPACE_MB = 256
 NARROWEST_LIBRARY = 1024

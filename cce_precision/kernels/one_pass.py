@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
-from .dense import accumulate_product
+from .dense import accumulate_product, slices
 from .entry import entry
 from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors, next_power_of_2
 from .one_pass_rows import Rows, fill_powers, finish_rows, plain_terms, weighted_rows
@@ -211,17 +211,15 @@ def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> Rows:
     e = clean_rows(problem)
     powers = torch.empty((tokens, -(-v // 8) * 8), dtype=c.dtype, device=c.device)[:, :v]
     rows = Rows.empty(n, c.device)
-    for start in range(0, n, tokens):
-        chunk = slice(start, min(start + tokens, n))
-        own, some = powers[: chunk.stop - start], rows.of(chunk)
+    for chunk in slices(n, tokens):
+        own, some = powers[: chunk.stop - chunk.start], rows.of(chunk)
         fill_powers(problem, e[chunk], targets[chunk], own, some)
         if left.sums_e.numel():
-            for column in range(0, v, _COLUMNS_A_SUM):
-                run = slice(column, min(column + _COLUMNS_A_SUM, v))
-                accumulate_product(left.sums_e[chunk], own[:, run], c[run], column == 0)
+            for run in slices(v, _COLUMNS_A_SUM):
+                accumulate_product(left.sums_e[chunk], own[:, run], c[run], run.start == 0)
             finish_rows(problem, left.sums_e[chunk], chunk, some)
         if left.sums_c.numel():
-            accumulate_product(left.sums_c, own.T, weighted_rows(e[chunk], some.factor), start == 0)
+            accumulate_product(left.sums_c, own.T, weighted_rows(e[chunk], some.factor), chunk.start == 0)
     if left.sums_c.numel():
         values, order = torch.sort(targets, stable=True)
         width = min(512, next_power_of_2(d))
@@ -263,8 +261,8 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
     library = _by_library(problem)
     sums = torch.empty((min(v, WIDEST), d) if library and d_c is not None else 0, dtype=torch.float32, device=e.device)
     width = min(runs.columns, WIDEST)
-    for start in range(0, v, width):
-        run = slice(start, min(start + width, v))
+    for run in slices(v, width):
+        start = run.start
         powers = left.powers.view(runs.count, runs.rows, runs.columns)[start // runs.columns, :n]
         powers = powers[:, start % runs.columns :][:, : run.stop - start]
         if not library:
