@@ -325,7 +325,7 @@ def _start(rank: int, world: int, folder: str, device: str = "cpu") -> str:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=300 if on_gpu else 120),  # on a GPU one may compile while the other waits
         device_id=torch.device("cuda", rank) if on_gpu else None,
     )
     return f"cuda:{rank}" if on_gpu else "cpu"

@@ -1,12 +1,15 @@
 """Two GPUs under NCCL: every variant with a shared vocabulary within the bounds, beside one GPU alone; DTensors, heads
 of FSDP2 and patched models as under gloo.
 
-Processes start once for all variants and once for all DTensors: with `pytest -n` in every one of its workers that gets
-a test of theirs, unless `--dist loadfile` leaves the file to one.
+Processes start once, two for each variant and two for all DTensors: with `pytest -n` in every one of its workers that
+gets a test of theirs, unless `--dist loadfile` leaves the file to one. Several variants run at once: compiling their
+kernels takes minutes, the kernels themselves seconds.
 """
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +45,25 @@ def stored(folder: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with what the processes found of each variant, and how they ended, if before the last."""
-    folder = tmp_path_factory.mktemp("computed")
-    try:
-        multiprocessing.spawn(run_kernels, args=(str(folder), "cuda", tuple(ALL)), nprocs=WORLD)
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
-        return folder, str(error)
-    return folder, ""
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Of each variant a folder with what its processes found, and how they ended, if before the last."""
+
+    def compute(impl: str, folder: Path) -> tuple[Path, str]:
+        try:
+            multiprocessing.spawn(run_kernels, args=(str(folder), "cuda", (impl,)), nprocs=WORLD)
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            return folder, str(error)
+        return folder, ""
+
+    folders = [tmp_path_factory.mktemp(impl) for impl in ALL]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
+        return dict(zip(ALL, pool.map(compute, ALL, folders)))
 
 
 @pytest.mark.parametrize("impl", ALL)
-def test_every_variant(impl: str, computed: tuple[Path, str]) -> None:
+def test_every_variant(impl: str, computed: dict[str, tuple[Path, str]]) -> None:
     """Loss, heads and gradients within the bounds of the truth and of what one GPU gives, the same bits on both."""
-    folder, ended = computed
+    folder, ended = computed[impl]
     assert all((folder / impl / f"{rank}.pt").exists() for rank in range(WORLD)), ended
     judged, telling = judge_kernels(stored(folder / impl), impl, "cuda", gpu_machine())
     assert judged, "there is a problem that the kernels compute, of every tiled variant"
