@@ -14,7 +14,7 @@ from cce_precision.analysis.bounds_model import gpu_machine
 from cce_precision.analysis.fuzz import compare
 from cce_precision.analysis.fuzz_problems import Knobs, build
 from cce_precision.analysis.references import truth
-from cce_precision.kernels import dense
+from cce_precision.kernels import by_tokens
 from cce_precision.problem import Plan, Problem, Upstream
 
 pytestmark = pytest.mark.gpu
@@ -61,14 +61,12 @@ def test_within_the_bounds(impl: str, shape: tuple[int, int, int], dtype: torch.
 @pytest.mark.parametrize("impl", ["cce_exact", "cce_split", "cce_no_filter"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1000, 5003, 520), (1500, 20_000, 264), (900, 3001, 403)])
-def test_dE_by_chunks_of_tokens_is_within_the_bounds(
-    impl: str, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+def test_tokens_by_chunks_are_within_the_bounds(impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, v, d = shape
     e, c = torch.empty(n, d, device="cuda", dtype=dtype), torch.empty(v, d, device="cuda", dtype=dtype)
     problem = Problem(e, c, torch.zeros(n, dtype=torch.int64))
     plan = Plan(variants.get(impl), workspace_mb=1 + 2 * n * d // 2**20)
-    assert dense.goes_by_tokens(problem, plan, (True, True, False)) and dense.chunk_of_tokens(problem, plan)[0] < n
+    assert by_tokens.goes_by_tokens(problem, plan, (True, True, False))
     within_the_bounds(impl, shape, dtype, plan.workspace_mb)
 
 
@@ -225,12 +223,12 @@ def test_memory_of_the_forward_pass() -> None:
 
 @pytest.mark.parametrize("impl", ["cce_exact", "cce_split"])
 def test_memory_of_the_backward_pass_in_a_small_workspace(impl: str) -> None:
-    """Beside dC the workspace, of which the copy of e is dE in the end, and vectors: 256 bytes a token and 16 a column
+    """Beside dC the workspace, of which the copy of e is none, and vectors: 256 bytes a token and 16 a column
     are more than all of them. The allocator may leave up to 1 MiB unused in each block beyond that."""
     n, v, d, megabytes = 8192, 64_000, 256, 12
     problem, upstream = problem_of(n, v, d, torch.bfloat16), Upstream(torch.rand(n, device="cuda"))
     plan, seed = Plan(variants.get(impl), workspace_mb=megabytes), torch.zeros((), dtype=torch.int64, device="cuda")
-    assert dense.goes_by_tokens(problem, plan, (True, True, False))
+    assert by_tokens.goes_by_tokens(problem, plan, (True, True, False))
     heads, _ = kernels.forward(problem, plan)
     kernels.backward(problem, plan, heads, upstream, (True, True, False), seed)
     torch.cuda.synchronize()

@@ -87,6 +87,12 @@ def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 1.0) -
     return Problem(e, torch.randn(v, d).to(dtype), torch.randint(0, v, (n,)))
 
 
+SMALL_WORKSPACE = Knobs(
+    seed=5, n=24, v=100, d=6, bias="fp32", scale=3.0, temperature=0.7, label_smoothing=0.1, class_weight=True,
+    ignored="some", nan_ignored=True, use_lse=True, use_entropy=True, upstream="random", reduction="none",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("impl", "need"),
     [
@@ -94,34 +100,28 @@ def problem_of(n: int, v: int, d: int, dtype: torch.dtype, scale: float = 1.0) -
         ("cce_no_filter", (True, True, True)),
         ("cce_exact", (True, False, False)),
         ("cce_exact", (True, False, True)),
+        ("cce_exact", (True, True, False)),
     ],
 )
-def test_dE_goes_by_chunks_of_tokens_where_the_workspace_is_small(
+def test_tokens_by_chunks_where_the_workspace_is_small(
     impl: str, need: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the bounds, in several chunks of tokens and runs of columns; the other gradients have the same bits."""
-    from cce_precision.kernels import dense
+    """Within the bounds, in several chunks of tokens and runs of columns, with and without room for a copy of e."""
+    from cce_precision.kernels import by_tokens
 
-    k = Knobs(
-        seed=5, n=24, v=100, d=6, impl=impl, bias="fp32", scale=3.0, temperature=0.7, label_smoothing=0.1,
-        class_weight=True, ignored="some", nan_ignored=True, use_lse=True, use_entropy=True, upstream="random",
-        reduction="none",
-    )  # fmt: skip
-    call, chunks = build(k), []
-    plain = outputs(call)
-    whole = dense.embeddings_by_tokens
-    asked = lambda problem, plan, need: need[0] and not plan.partial_e  # noqa: E731
-    monkeypatch.setattr(dense, "goes_by_tokens", asked)
-    monkeypatch.setattr(dense, "chunk_of_tokens", lambda problem, plan: (16, 64))
-    monkeypatch.setattr(dense, "embeddings_by_tokens", lambda *x: chunks.append(x) or whole(*x))
+    k, pieces = dataclasses.replace(SMALL_WORKSPACE, impl=impl), []
+    call = build(k)
+    monkeypatch.setattr(by_tokens, "goes_by_tokens", lambda problem, plan, need: need[0] and not plan.partial_e)
+    monkeypatch.setattr(
+        by_tokens, "DEFAULT_WORKSPACE_MB", int(need == (True, True, False))
+    )  # 0: no room for a copy of e
+    monkeypatch.setattr(by_tokens, "piece", lambda *x: pieces.append(x) or (16, 64))
     if need == (True, True, True):
-        found = outputs(call)
         verdict = judge_outputs(
-            call, found, truth(call.problem, call.objective),
+            call, outputs(call), truth(call.problem, call.objective),
             bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER),
         )  # fmt: skip
-        assert verdict.holds and verdict.quantities["dE"].tells, str(verdict)
-        assert all(torch.equal(found[x].nan_to_num(), plain[x].nan_to_num()) for x in found if x != "dE")
+        assert verdict.holds and all(verdict.quantities[x].tells for x in ("dE", "dC", "dbias")), str(verdict)
     else:
         heads, _ = kernels.forward(call.problem, call.plan)
         upstream, seed = Upstream(torch.rand(k.n)), torch.zeros((), dtype=torch.int64)
@@ -130,12 +130,37 @@ def test_dE_goes_by_chunks_of_tokens_where_the_workspace_is_small(
         for wanted, a, b in zip(need, three, some):
             assert (b is not None) == wanted
             assert not wanted or (a is not None and b is not None and b.any() and torch.equal(a, b))
-    assert chunks
+    assert pieces
+
+
+def test_runs_lie_in_the_rows_of_dC_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the bounds where the workspace holds no copy of e, which waits in the last rows of dC: some runs with all
+    tokens, and the last ones, which have too few rows after them, by chunks. The rows of e do not lie one after the
+    other."""
+    from cce_precision.kernels import by_tokens
+
+    k = dataclasses.replace(SMALL_WORKSPACE, impl="cce_exact", v=1060, d=30, reduction="mean", use_lse=False)
+    call, runs = build(k), []
+    call = dataclasses.replace(call, e=torch.cat([call.e, call.e], -1)[..., : call.e.shape[-1]])
+    fill, one = by_tokens.Classifier.fill, by_tokens.Classifier._fill
+    monkeypatch.setattr(by_tokens, "goes_by_tokens", lambda problem, plan, need: True)
+    monkeypatch.setattr(by_tokens, "piece", lambda *x: (16, 512))
+    monkeypatch.setattr(by_tokens.Classifier, "fill", lambda self, room: fill(self, k.n * k.d))
+    monkeypatch.setattr(by_tokens.Classifier, "_fill", lambda self, *x: runs.append(x) or one(self, *x))
+    verdict = judge_outputs(
+        call, outputs(call), truth(call.problem, call.objective),
+        bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER),
+    )  # fmt: skip
+    assert verdict.holds and all(verdict.quantities[x].tells for x in ("dE", "dC", "dbias")), str(verdict)
+    whole = [e is not None for _, _, e, _ in runs]
+    assert whole == sorted(whole, reverse=True) and True in whole and False in whole
+    columns = [run for run, *_ in runs]
+    assert [x.start for x in columns] == [0, *(x.stop for x in columns[:-1])] and columns[-1].stop == k.v
 
 
 def test_what_a_small_workspace_holds() -> None:
-    """Chunks of tokens fit beside the copy of e wherever that leaves room for two row blocks and the narrowest run."""
-    from cce_precision.kernels import dense
+    """Pieces fit wherever there is room for two row blocks and the narrowest run."""
+    from cce_precision.kernels import by_tokens
 
     for n, v, d, megabytes in (
         (16384, 131072, 512, 30),
@@ -147,13 +172,14 @@ def test_what_a_small_workspace_holds() -> None:
         problem = Problem(torch.empty(n, d, **shape), torch.empty(v, d, **shape), torch.empty(n, device="meta"))
         for variant in (EXACT, variants.get("cce_split")):
             plan = Plan(variant, workspace_mb=megabytes)
-            tokens, width = dense.chunk_of_tokens(problem, plan)
-            size = 2 * width * (2 if variant.name == "cce_split" else 1)
-            assert 0 < tokens <= n and 0 < width <= -(-v // 8) * 8
-            assert 2 * n * d + tokens * (4 * d + size) <= megabytes * 2**20
-            assert dense.goes_by_tokens(problem, plan, (True, True, False)) == (n > 300)
-            assert not dense.goes_by_tokens(problem, plan, (False, True, False))
-            assert not dense.goes_by_tokens(problem, Plan(variant), (True, True, False))
+            entry, room = 2 * (2 if variant.name == "cce_split" else 1), megabytes * 2**20 - 2 * n * d
+            for token, column in ((4 * d, 0), (2 * d, 4 * d)):
+                tokens, width = by_tokens.piece(n, v, room, entry, token, column)
+                assert 0 < tokens <= n and 0 < width <= -(-v // 8) * 8
+                assert tokens * (token + width * entry) + width * column <= room
+            assert by_tokens.goes_by_tokens(problem, plan, (True, True, False)) == (n > 300)
+            assert not by_tokens.goes_by_tokens(problem, plan, (False, True, False))
+            assert not by_tokens.goes_by_tokens(problem, Plan(variant), (True, True, False))
 
 
 @pytest.mark.parametrize("impl", ["cce", "cce_kahan"])

@@ -182,9 +182,12 @@ def backward(
 
         with _on(problem.e.device):
             return backward_filtered(problem, plan, heads, upstream, need, seed, record)
+    from .by_tokens import backward_by_tokens, goes_by_tokens
     from .dense import backward_by_runs
 
     with _on(problem.e.device):
+        if goes_by_tokens(problem, plan, need):
+            return backward_by_tokens(problem, plan, heads, upstream, need)
         return backward_by_runs(problem, plan, heads, upstream, need, record)
 
 

@@ -4,9 +4,8 @@ For each run of columns a kernel recomputes the logits and writes dZ in the oper
 An unfiltered side takes library products: dC[run] = dZ^T E, complete over the tokens and hence rounded once, and dE +=
 dZ C[run] in fp32, which is at least as exact as the sum that the record names; on Hopper both are one launch of
 hopper_product.py. A tile-filtered side takes the products of tile_filter.py over the surviving tiles alone. Every sum
-has one order: bitwise repeatable. The width of a run follows from the workspace that the caller allows; one that does
-not hold the fp32 sums of dE has dC first, by runs, and then dE by chunks of tokens, in the place of the copy of e: the
-logits are computed once more.
+has one order: bitwise repeatable. The width of a run follows from the workspace that the caller allows; for one that
+does not hold the fp32 sums of dE see by_tokens.py.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ __all__ = ["accumulate_product", "backward_by_runs", "slices", "visiting_order"]
 
 DEFAULT_WORKSPACE_MB = 256
 NARROWEST_LIBRARY = 1024
-FEWEST_TOKENS = 256  # of a chunk
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -82,18 +80,18 @@ class Room:
     """What the workspace that a caller allows holds, in bytes."""
 
     total: int
-    fixed: int  # a copy of e, and the sums of dE unless they go by chunks of tokens
+    fixed: int  # a copy of e, and the sums of dE
     column: int  # of a run
     narrowest: int  # columns of a run
 
     @staticmethod
-    def of(problem: Problem, plan: Plan, need: tuple[bool, bool, bool], by_tokens: bool = False) -> Room:
+    def of(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> Room:
         need_e, need_c, _ = need
         variant, d = plan.variant, problem.d
         megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
         size = problem.operand_dtype.itemsize
         sums = {Accumulation.FP32: 4, Accumulation.KAHAN: size, Accumulation.INPUT: 0}[embedding_sums(variant)]
-        fixed = problem.n * d * (size + (sums if need_e and not by_tokens else 0))
+        fixed = problem.n * d * (size + (sums if need_e else 0))
         by_hopper = finished_by_hopper(problem, plan)
         column = problem.n * size * (2 if is_split(problem, plan) else 1)
         column += d * 4 if need_c and not variant.filter_c and not by_hopper else 0
@@ -106,42 +104,14 @@ class Room:
         return self.fixed + self.column * self.narrowest <= self.total
 
 
-def goes_by_tokens(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> bool:
-    """Whether dE goes by chunks of tokens: the caller has set a workspace, and it does not hold the sums of all."""
-    asked = plan.workspace_mb is not None and need[0] and not plan.partial_e and not plan.variant.filtered
-    return asked and not Room.of(problem, plan, need).fits
-
-
 def run_width(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) -> int:
     """Columns a run, a multiple of 256 or all: as many as the workspace holds beside the sums of dE and a copy of e."""
-    room = Room.of(problem, plan, need, goes_by_tokens(problem, plan, need))
+    room = Room.of(problem, plan, need)
     width = max(room.narrowest, (room.total - room.fixed) // room.column // 256 * 256)
     if finished_by_hopper(problem, plan):  # of the workspace alone: `walk` has room elsewhere too
         return min(width, -(-problem.v // 256) * 256, WIDEST)
     runs = -(-problem.v // width)
     return min(-(-problem.v // (runs * 256)) * 256, -(-problem.v // 8) * 8)
-
-
-def chunk_of_tokens(problem: Problem, plan: Plan) -> tuple[int, int]:
-    """(tokens, columns) of a piece of dZ that the workspace holds beside a copy of e and the sums of its tokens: those
-    with the fewest pieces, each of at least two row blocks of tokens; of equal ones the most tokens, which are tiles of
-    dE that a device computes side by side.
-    """
-    n, v, d, size = problem.n, problem.v, problem.d, problem.operand_dtype.itemsize
-    column = size * (2 if is_split(problem, plan) else 1)
-    room = Room.of(problem, plan, (True, True, False), True)
-    free = room.total - room.fixed
-
-    def width(tokens: int) -> int:
-        columns = max((free // tokens - 4 * d) // column // 256 * 256, 256)
-        return min(columns, -(-v // 8) * 8, WIDEST)
-
-    def pieces(tokens: int) -> int:
-        return -(-n // tokens) * -(-v // width(tokens))
-
-    most = max(min(n, free // (4 * d + 256 * column)), FEWEST_TOKENS)
-    tokens = min(range(most // 128 * 128, FEWEST_TOKENS - 1, -128), key=pieces)
-    return min(tokens, n), width(tokens)
 
 
 def visiting_order(problem: Problem, plan: Plan, e: Tensor) -> Tensor | None:
@@ -201,31 +171,7 @@ def slices(count: int, width: int) -> list[slice]:
     return [slice(start, min(start + width, count)) for start in range(0, count, width)]
 
 
-def embeddings_by_tokens(
-    problem: Problem,
-    plan: Plan,
-    e: Tensor,  # (N, D) contiguous, ignored rows 0; becomes dE
-    terms: RowTerms,
-    shift: Tensor | None,  # (D,) fp32: what dE's rows lose, times sigma
-) -> Tensor:
-    """dE in the place of e: each chunk of tokens over the whole vocabulary, in fp32 sums of that chunk alone."""
-    tokens, width = chunk_of_tokens(problem, plan)
-    parts = 2 if is_split(problem, plan) else 1
-    dz = torch.empty((parts, tokens, width), dtype=problem.operand_dtype, device=e.device)
-    sums = torch.empty((tokens, problem.d), dtype=torch.float32, device=e.device)
-    runs = [Run(s.start, problem.c[s], *_of_columns(problem, s)) for s in slices(problem.v, width)]
-    for chunk in slices(problem.n, tokens):
-        own, some = terms.of(chunk), dataclasses.replace(problem, e=e[chunk], targets=problem.targets[chunk])
-        total = label_rows(some, own, shift, sums[: some.n])
-        for run in runs:
-            operands = list(dz[:, : some.n, : run.c.shape[0]])
-            write_dz(some, some.e, run, own, operands[0], operands[1] if parts > 1 else None, False)
-            accumulate_parts(total, operands, run.c, False)
-        torch.mul(total, terms.scale, out=e[chunk])
-    return e
-
-
-def _of_columns(problem: Problem, index: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
+def of_columns(problem: Problem, index: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Bias and column weights there."""
     bias, weight = problem.bias, problem.column_weight
     return None if bias is None else bias[index], None if weight is None else weight[index]
@@ -289,17 +235,16 @@ def walk_runs(
 
     parts = 2 if is_split(problem, plan) else 1
     width = run_width(problem, plan, need)
-    by_tokens = goes_by_tokens(problem, plan, need)
-    sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e and not by_tokens else None
+    sums_e = EmbeddingSums.start(problem, plan, terms, weighted_c) if need_e else None
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
     if all(x is None for x in (sums_e, d_c, d_bias)):  # nothing to walk for
-        return finished(problem, plan, e, terms, sums_e, d_c, d_bias, need_e, weighted_c)
+        return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
     if finished_by_hopper(problem, plan):
         pool = torch.empty(parts * n * width * e.element_size(), dtype=torch.uint8, device=device)
         walk(problem, e, terms, segments, pool, parts, None if sums_e is None else sums_e.total, d_c, d_bias, None)
         del pool
-        return finished(problem, plan, e, terms, sums_e, d_c, d_bias, need_e, weighted_c)
+        return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
 
     dz = torch.empty((parts, n, width), dtype=problem.operand_dtype, device=device)
     library_c = need_c and not variant.filter_c
@@ -313,7 +258,7 @@ def walk_runs(
         stop = min(start + width, v)
         index = slice(start, stop) if order is None else order[start:stop]
         rows = None if order is None else order[start:stop]
-        run = Run(start, problem.c[index], *_of_columns(problem, index))
+        run = Run(start, problem.c[index], *of_columns(problem, index))
         operands = [buffer[:, : stop - start] for buffer in dz]
         low = operands[1] if len(operands) > 1 else None
         which = chosen[start // width]
@@ -357,8 +302,7 @@ def walk_runs(
         elif sums_e is not None:
             accumulate_parts(sums_e.total, operands, run.c, False)
 
-    del dz, sum_c, operands, low, total  # dE by chunks of tokens wants the room
-    return finished(problem, plan, e, terms, sums_e, d_c, d_bias, need_e, weighted_c)
+    return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
 
 
 def finished(
@@ -369,13 +313,7 @@ def finished(
     sums_e: EmbeddingSums | None,
     d_c: Tensor | None,
     d_bias: Tensor | None,  # (V,) fp32 column sums of dZ
-    need_e: bool,  # without sums: by chunks of tokens
-    shift: Tensor | None,  # (D,) fp32: what dE's rows lose, times sigma
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of what the walk over the runs has left."""
-    d_e = None
-    if sums_e is not None:
-        d_e = sums_e.result(terms, None if plan.partial_e else e)  # e is read for the last time
-    elif need_e:
-        d_e = embeddings_by_tokens(problem, plan, e, terms, shift)
+    d_e = None if sums_e is None else sums_e.result(terms, None if plan.partial_e else e)  # e is read for the last time
     return d_e, d_c, finish_bias(problem, terms, d_bias)

@@ -22,7 +22,7 @@ from .entry import entry
 from .launch import Config, architecture, cdiv, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
 from .schedule import WIDEST, best_width
-from .terms import RowTerms, TokensByTarget, clean_rows_into, label_rows, scale_into
+from .terms import RowTerms, TokensByTarget, clean_rows, label_rows, scale_into
 
 __all__ = [
     "NARROWEST", "config_of", "exact_where", "least_pool", "multiply_where", "products_by_hopper", "room_for", "walk",
@@ -225,7 +225,7 @@ def exact_where(
     if wanted.known() is False:
         return
     place = pool if d_e is None else d_e
-    e = clean_rows_into(place.view(-1).view(problem.e.dtype)[: n * d].view(n, d), problem, active)
+    e = clean_rows(problem, place.view(-1).view(problem.e.dtype)[: n * d].view(n, d), active)
     total = None if d_e is None else label_rows(problem, terms, shift_e, pool[: n * d].view(n, d), active)
     rest = pool[-(-n * d // 64) * 64 :].view(torch.uint8)
     walk(problem, e, terms, segments, rest, 1, total, d_c, d_bias, shift_c, wanted)

@@ -18,7 +18,6 @@ __all__ = [
     "RowTerms",
     "TokensByTarget",
     "clean_rows",
-    "clean_rows_into",
     "finish_bias",
     "label_rows",
     "matvec",
@@ -68,27 +67,48 @@ class TokensByTarget:
         return TokensByTarget(tokens, torch.searchsorted(values, edges, out_int32=True))
 
 
-def clean_rows(problem: Problem) -> Tensor:
-    """e as a contiguous matrix with 0 in ignored rows, so that a NaN there reaches no product. One copy of e."""
-    return torch.where((problem.targets >= 0)[:, None], problem.e, 0).contiguous()
-
-
 @entry
 @triton.jit
-def clean_rows_kernel(e, targets, out, active, d, stride_e, COLUMNS: tl.constexpr):
-    if tl.load(active) != 0:
-        row = tl.program_id(0)
+def clean_rows_kernel(
+    e,
+    targets,
+    out,
+    active,  # () int32: 0 where nothing is to be done, else 1; or unused
+    d,
+    stride_e,
+    COLUMNS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+):
+    row, wanted = tl.program_id(0), True
+    if ACTIVE:
+        wanted = tl.load(active) != 0
+    if wanted:
         j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         known = (tl.load(targets + row) >= 0) & (j < d)
         value = tl.load(e + wide(row) * stride_e[0] + j.to(tl.int64) * stride_e[1], mask=known, other=0)
-        tl.store(out + wide(row) * d + j, value, mask=j < d)
+        tl.store(out + wide(d) * row + j, value, mask=j < d)
 
 
-def clean_rows_into(out: Tensor, problem: Problem, active: Tensor) -> Tensor:
-    """out (N, D) contiguous = `clean_rows`, unless `active` (0-dim int32) is 0. Returns out."""
+def clean_rows(
+    problem: Problem,
+    out: Tensor | None = None,  # (N, D) contiguous
+    active: Tensor | None = None,  # () int32: 0 where nothing is to be done, else 1
+) -> Tensor:
+    """out = e with 0 in ignored rows, so that a NaN there reaches no product."""
     e, width = problem.e, 1024
-    grid = (problem.n, cdiv(problem.d, width))
-    clean_rows_kernel[grid](e, problem.targets, out, active, problem.d, tuple(e.stride()), COLUMNS=width)
+    if out is None:
+        out = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+    unused = problem.targets
+    clean_rows_kernel[(problem.n, cdiv(problem.d, width))](
+        e,
+        problem.targets,
+        out,
+        unused if active is None else active,
+        problem.d,
+        tuple(e.stride()),
+        COLUMNS=width,
+        ACTIVE=active is not None,
+    )
     return out
 
 
