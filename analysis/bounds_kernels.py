@@ -91,7 +91,8 @@ def _tanh(x: Tensor, argument: Tensor, a: Arithmetic) -> Computed:
     least = (x.abs() - argument).clamp(min=0)
     q = 2 / (1 + torch.exp(2 * least))  # 1 - tanh(least)
     exponent = 2 * (x.abs() + argument) * (2 * a.u + a.log2e)
-    large = q * (exponent + a.exp2 + (2 + 2 * a.kernels.reciprocal) * a.u) * (1 + 1e-5) + a.u + a.tiny
+    large = q * (exponent + a.exp2 + (2 + 2 * a.kernels.reciprocal) * a.u) * (1 + 1e-5)
+    large = torch.where(x.isinf(), 0.0, large) + a.u + a.tiny  # q is 0 there, the exponent infinite
     small = 2 * a.u * (t.abs() + argument) + a.tiny
     own = torch.where(x.abs() + argument < 0.5, small, torch.where(least > 0.5, large, torch.maximum(small, large)))
     return Computed(t, (steepest * argument).clamp(max=2.0) + own)

@@ -330,7 +330,8 @@ class Computed:
         """The quotient; other is nonzero."""
         value = self.value / other.value
         least = (other.value.abs() - other.error).clamp(min=0)
-        return Computed(value, torch.where(self.upper > 0, (self.error + value.abs() * other.error) / least, 0.0))
+        lost = (self.error + value.abs() * other.error) / least
+        return Computed(value, torch.where(self.upper == 0, 0.0, lost))
 
     def __getitem__(self, index: object) -> Computed:
         return Computed(self.value[index], self.error[index])  # type: ignore[index]

@@ -15,7 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from cce_precision.analysis import fuzz_campaign
-from cce_precision.analysis.bounds import INTERPRETER, bound
+from cce_precision.analysis.bounds import CPU, INTERPRETER, Machine, bound
+from cce_precision.analysis.bounds_model import Computed
 from cce_precision.analysis.fuzz import judge, judge_outputs, outputs, sparse_way
 from cce_precision.analysis.fuzz_campaign import campaign, replay, shrink
 from cce_precision.analysis.fuzz_problems import PATTERNS, Knobs, build, random_knobs
@@ -208,6 +209,21 @@ FOUND_IN_KERNELS = {
         pattern="masked",
         use_entropy=True,
     ),
+    "masked classes under a softcap, whose bounds were infinite": Knobs(
+        seed=323089144,
+        n=4,
+        v=15,
+        d=5,
+        batch=2,
+        impl="cce_kahan_full_e",
+        bias="fp32",
+        pattern="masked",
+        scale=0.25,
+        softcap=0.5,
+        class_weight=True,
+        ignore_index=0,
+        use_entropy=True,
+    ),
     "probabilities below the normal range": Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0),
     "one class far below 0: the entropy's reference": Knobs(
         seed=188194520, n=18, v=1, d=9, impl="cce_no_filter", scale=20.0, temperature=0.5, use_entropy=True
@@ -223,6 +239,17 @@ def test_what_a_campaign_found_holds(name: str) -> None:
     for impl in (FOUND[name].impl, "cce_exact", "cce_split"):
         verdict = judge(dataclasses.replace(FOUND[name], impl=impl))
         assert verdict.holds, str(verdict)
+
+
+@pytest.mark.parametrize("machine", [CPU, INTERPRETER], ids=["eager", "kernels"])
+def test_masked_classes_under_a_softcap_have_a_bound(machine: Machine) -> None:
+    """An infinite bound holds whatever the error, and its NaN was once taken for no error at all."""
+    call = build(FOUND_IN_KERNELS["masked classes under a softcap, whose bounds were infinite"])
+    assert call.problem.bias is not None and call.problem.bias.isinf().any()
+    for allowed in vars(bound(call.problem, call.plan, call.objective, seed=1, machine=machine)).values():
+        assert allowed.isfinite().all()
+    nothing = Computed(torch.ones(1), torch.full((1,), torch.nan)).over(Computed.exact(torch.ones(1)))
+    assert not nothing.error.isfinite().any()
 
 
 @pytest.mark.parametrize("tolerance", [1e-9, 1e3])
