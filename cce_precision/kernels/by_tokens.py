@@ -169,7 +169,7 @@ class Classifier:
                     break
                 self._fill(slice(start, min(start + width, last)), whole, e, place)
                 start = min(start + width, last)
-            del e, pool
+            del e, pool, place
         if start < v:
             tokens, width = piece(n, v - start, room - 3 * Place.SLACK, entry, d * size, 4 * d)
             chunks = Chunk.of(problem, self.terms, tokens)
