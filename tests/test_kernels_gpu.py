@@ -223,7 +223,7 @@ def test_memory_of_the_forward_pass() -> None:
 
 @pytest.mark.parametrize("impl", ["cce_exact", "cce_split"])
 def test_memory_of_the_backward_pass_in_a_small_workspace(impl: str) -> None:
-    """Beside dC the workspace, of which the copy of e is none, and vectors: 256 bytes a token and 16 a column
+    """Beside dC the workspace, which dE counts to, and vectors: 256 bytes a token and 16 a column
     are more than all of them. The allocator may leave up to 1 MiB unused in each block beyond that."""
     n, v, d, megabytes = 8192, 64_000, 256, 12
     problem, upstream = problem_of(n, v, d, torch.bfloat16), Upstream(torch.rand(n, device="cuda"))
