@@ -17,7 +17,7 @@ from cce_precision import kernels, variants
 from cce_precision.problem import Heads, Plan, Problem, Upstream
 
 pytest.importorskip("triton")
-from cce_precision.kernels import by_tokens, dense
+from cce_precision.kernels import by_tokens, dense, one_pass
 from cce_precision.kernels.entry import Entry
 
 
@@ -91,3 +91,33 @@ def test_a_sparse_path_needs_little_beside_the_gradients(impl: str, nothing_runs
     beside = peak_of(n, v, d, impl, None, (True, True, False)) - 2 * (n + v) * d + 2 * n * v // 256
     assert 64e6 < beside <= 128e6
     assert nothing_runs
+
+
+def test_the_forward_pass_needs_no_more_than_a_megabyte(nothing_runs: list[str]) -> None:
+    n, v, d = 8192, 256_000, 2304
+    e, c = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
+    problem = Problem(e, c, torch.zeros(n, dtype=torch.int64))
+    with Allocated(e, c, problem.targets) as allocated:
+        kernels.forward(problem, Plan(variants.get("cce_exact")))
+    assert 12 * n <= allocated.peak <= 10**6  # three numbers a token at least
+    assert nothing_runs == ["forward_kernel", "combine_kernel"]
+
+
+@pytest.mark.parametrize(("n", "d"), [(8192, 2304), (1024, 4096)])
+def test_one_pass_keeps_its_workspace(n: int, d: int, nothing_runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chunks of tokens, and with the powers of all tokens, which wait for the backward pass."""
+    v, megabytes = 64_000, 1024
+    monkeypatch.setattr(one_pass, "accumulate_product", lambda *x: nothing_runs.append("product"))
+    e, c = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
+    problem, factor = Problem(e, c, torch.zeros(n, dtype=torch.int64)), torch.ones(())
+    plan = Plan(variants.get("cce_exact"), workspace_mb=megabytes, one_pass=(True, True, False))
+    gradients = 2 * (n + v) * d
+    with Allocated(e, c, problem.targets, factor) as allocated:
+        _, left = kernels.forward_one_pass(problem, plan)
+        forward = allocated.peak
+        kernels.finished(problem, left, factor, (True, True))
+    kept = n < 2 * d
+    assert (left.powers.numel() > 0) == kept and (left.sums_c.numel() > 0) == (not kept)
+    assert (2 * n * v if kept else 4 * v * d) <= forward <= megabytes * 2**20 + 64 * n
+    assert allocated.peak <= megabytes * 2**20 + 64 * n + gradients
+    assert "product" in nothing_runs
