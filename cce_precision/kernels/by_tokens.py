@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Heads, Plan, Problem, Upstream
-from .dense import DEFAULT_WORKSPACE_MB, Room, accumulate_parts, is_split, of_columns, slices
+from .dense import Room, accumulate_parts, is_split, of_columns, slices
 from .dz import Run, write_dz
 from .exact import room_for
 from .row_terms import row_terms
@@ -34,6 +34,11 @@ def goes_by_tokens(problem: Problem, plan: Plan, need: tuple[bool, bool, bool]) 
     """Whether dE goes by chunks of tokens: the caller has set a workspace, and it does not hold the sums of all."""
     asked = plan.workspace_mb is not None and need[0] and not plan.partial_e and not plan.variant.filtered
     return problem.n > 0 and asked and not Room.of(problem, plan, need).fits
+
+
+def room_of(problem: Problem, plan: Plan) -> int:
+    """Bytes of the workspace beside dE."""
+    return max((plan.workspace_mb or 0) * 2**20 - problem.n * problem.d * problem.e.element_size(), 0)
 
 
 def piece(n: int, v: int, room: int, entry: int, token: int, column: int) -> tuple[int, int]:
@@ -75,8 +80,7 @@ def backward_by_tokens(
     _, need_c, need_bias = need
     device = problem.e.device
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
-    megabytes = DEFAULT_WORKSPACE_MB if plan.workspace_mb is None else plan.workspace_mb
-    room = max(megabytes * 2**20 - problem.n * problem.d * problem.e.element_size(), 0)  # beside dE
+    room = room_of(problem, plan)
     d_bias = torch.zeros(problem.v, dtype=torch.float32, device=device) if need_bias else None
     d_c = torch.empty((problem.v, problem.d), dtype=problem.c.dtype, device=device) if need_c else None
     place = None if d_c is None else d_c.view(-1).view(torch.uint8)
