@@ -112,9 +112,8 @@ def test_tokens_by_chunks_where_the_workspace_is_small(
     k, pieces = dataclasses.replace(SMALL_WORKSPACE, impl=impl), []
     call = build(k)
     monkeypatch.setattr(by_tokens, "goes_by_tokens", lambda problem, plan, need: need[0] and not plan.partial_e)
-    monkeypatch.setattr(
-        by_tokens, "DEFAULT_WORKSPACE_MB", int(need == (True, True, False))
-    )  # 0: no room for a copy of e
+    room = 2**20 if need == (True, True, False) else 0  # for a copy of e, or none
+    monkeypatch.setattr(by_tokens, "room_of", lambda problem, plan: room)
     monkeypatch.setattr(by_tokens, "piece", lambda *x: pieces.append(x) or (16, 64))
     if need == (True, True, True):
         verdict = judge_outputs(
