@@ -1,5 +1,5 @@
-"""What a backward pass allocates, at the sizes of a training step: kernels and products do nothing here, so that a CPU
-can ask.
+"""What the passes allocate, at the sizes of a training step: kernels and products do nothing here, so that a CPU can
+ask.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are launched, none of which runs."""
     launched: list[str] = []
     monkeypatch.setattr(Entry, "__getitem__", lambda self, grid: lambda *x, **y: launched.append(self.fn.__name__))
-    for module, name in ((dense, "accumulate_product"), (dense, "accumulate_parts"), (by_tokens, "accumulate_parts")):
-        monkeypatch.setattr(module, name, lambda *x: launched.append("product"))
+    for module in (dense, by_tokens, one_pass):
+        for name in ("accumulate_product", "accumulate_parts"):
+            monkeypatch.setattr(module, name, lambda *x: launched.append("product"), raising=False)
     return launched
 
 
@@ -73,7 +74,7 @@ def test_the_workspace_is_kept(megabytes: int | None, impl: str, nothing_runs: l
     room = (megabytes or dense.DEFAULT_WORKSPACE_MB) * 2**20
     assert 0.75 * room <= peak - 2 * v * d <= room + 64 * n + 16 * v
     assert nothing_runs.count("finish_columns_kernel") >= 1
-    if megabytes == 32 and impl == "cce_exact":  # the host takes 20 ms for as many
+    if megabytes == 32 and impl == "cce_exact":  # some 950 where dC came first
         assert len(nothing_runs) < 600
 
 
@@ -104,10 +105,9 @@ def test_the_forward_pass_needs_no_more_than_a_megabyte(nothing_runs: list[str])
 
 
 @pytest.mark.parametrize(("n", "d"), [(8192, 2304), (1024, 4096)])
-def test_one_pass_keeps_its_workspace(n: int, d: int, nothing_runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_keeps_its_workspace(n: int, d: int, nothing_runs: list[str]) -> None:
     """By chunks of tokens, and with the powers of all tokens, which wait for the backward pass."""
     v, megabytes = 64_000, 1024
-    monkeypatch.setattr(one_pass, "accumulate_product", lambda *x: nothing_runs.append("product"))
     e, c = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(v, d, dtype=torch.bfloat16)
     problem, factor = Problem(e, c, torch.zeros(n, dtype=torch.int64)), torch.ones(())
     plan = Plan(variants.get("cce_exact"), workspace_mb=megabytes, one_pass=(True, True, False))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..problem import Heads, Plan, Problem, Upstream
 from .dense import Room, accumulate_parts, is_split, of_columns, slices
-from .dz import Run, write_dz
+from .dz import Run, low_of, write_dz
 from .exact import room_for
 from .row_terms import row_terms
 from .schedule import WIDEST
@@ -84,8 +84,6 @@ def backward_by_tokens(
     d_bias = torch.zeros(problem.v, dtype=torch.float32, device=device) if need_bias else None
     d_c = torch.empty((problem.v, problem.d), dtype=problem.c.dtype, device=device) if need_c else None
     place = None if d_c is None else d_c.view(-1).view(torch.uint8)
-    if place is None or place.numel() < room:
-        place = None
     parts = 2 if is_split(problem, plan) else 1
     d_e = embeddings(problem, terms, parts, room, place, d_bias)
     if d_c is not None:
@@ -100,13 +98,14 @@ def embeddings(
     terms: RowTerms,
     parts: int,  # of an entry of dZ
     room: int,  # bytes of the workspace
-    place: Tensor | None,  # uint8, to be used instead
+    place: Tensor | None,  # uint8, to be used instead where it holds a piece
     d_bias: Tensor | None,  # (V,) fp32: += the column sums of dZ
 ) -> Tensor:
     """dE, a chunk of tokens over the whole vocabulary at a time. Each chunk's clean rows wait in their rows of dE."""
     n, v, d, dtype = problem.n, problem.v, problem.d, problem.operand_dtype
     entry = parts * dtype.itemsize
-    tokens, width = piece(n, v, (room if place is None else place.numel()) - 2 * Place.SLACK, entry, 4 * d, 0)
+    most = room if place is None else max(room, place.numel())
+    tokens, width = piece(n, v, most - 2 * Place.SLACK, entry, 4 * d, 0)
     size = tokens * (4 * d + width * entry) + 2 * Place.SLACK
     if place is None or place.numel() < size:
         place = torch.empty(size, dtype=torch.uint8, device=problem.e.device)
@@ -171,8 +170,9 @@ class Classifier:
                 width, place = room_for(start, n * entry + 4 * d + slack, pool, out[:last], WIDEST)
                 if width < min(NARROWEST, last - start):
                     break
-                self._fill(slice(start, min(start + width, last)), whole, e, place)
-                start = min(start + width, last)
+                run = slice(start, min(start + width, last))
+                self._fill(run, whole, e, place)
+                start = run.stop
             del e, pool, place
         if start < v:
             tokens, width = piece(n, v - start, room - 3 * Place.SLACK, entry, d * size, 4 * d)
@@ -199,8 +199,3 @@ class Classifier:
             accumulate_parts(sums, [x.T for x in operands], rows, chunk.place.start == 0)
         all_rows = problem.e.contiguous() if e is None else e
         finish_columns(self.out, sums, run.start, all_rows, self.terms, self.segments, self.shift, of_run.weight, None)
-
-
-def low_of(operands: list[Tensor]) -> Tensor | None:
-    """What rounding dZ lost, where it is kept."""
-    return operands[1] if len(operands) > 1 else None

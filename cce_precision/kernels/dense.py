@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..numerics import Accumulation, Operand, Variant
 from ..problem import Heads, Plan, Problem, Upstream
-from .dz import Run, TileFilter, write_dz
+from .dz import Run, TileFilter, low_of, write_dz
 from .exact import NARROWEST, products_by_hopper, walk
 from .record import candidates
 from .row_terms import row_terms
@@ -260,9 +260,8 @@ def walk_runs(
         rows = None if order is None else order[start:stop]
         run = Run(start, problem.c[index], *of_columns(problem, index))
         operands = [buffer[:, : stop - start] for buffer in dz]
-        low = operands[1] if len(operands) > 1 else None
         which = chosen[start // width]
-        sums, alive = write_dz(problem, e, run, terms, operands[0], low, need_bias, tile_filter, which)
+        sums, alive = write_dz(problem, e, run, terms, operands[0], low_of(operands), need_bias, tile_filter, which)
         if d_bias is not None and sums is not None:
             d_bias[index] = sums
         if d_c is not None and sum_c is not None:

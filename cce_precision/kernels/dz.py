@@ -32,7 +32,7 @@ from .primitives import LOG2E, cap, grouped, load_tile, multiply_add, round_to, 
 from .record import units_of
 from .terms import RowTerms
 
-__all__ = ["Run", "TileFilter", "block_rows", "write_dz", "write_powers"]
+__all__ = ["Run", "TileFilter", "block_rows", "low_of", "write_dz", "write_powers"]
 
 
 @entry
@@ -218,6 +218,11 @@ class TileFilter:
             return Config(m, n, 32, 8, 2)
         flatten = architecture(x.device) != "sm_80"
         return Config(m, n, 64 if flatten else 32, 8 if m * n >= 8192 else 4, 4, flatten=flatten)
+
+
+def low_of(operands: list[Tensor]) -> Tensor | None:
+    """What rounding dZ lost, where it is kept beside dZ."""
+    return operands[1] if len(operands) > 1 else None
 
 
 def write_dz(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .answer import Answer
-from .dz import Run, write_dz
+from .dz import Run, low_of, write_dz
 from .elements import DTYPES
 from .entry import entry
 from .launch import Config, architecture, cdiv, hopper_fits, multiprocessors, precision_of
@@ -191,9 +191,8 @@ def walk(
             None if x is None else x[start:stop] for x in (problem.c, problem.bias, problem.column_weight)
         )
         assert c is not None
-        low = operands[1] if parts > 1 else None
         run = Run(start, c, bias, weight)
-        sums, _ = write_dz(problem, e, run, terms, operands[0], low, d_bias is not None, active=active)
+        sums, _ = write_dz(problem, e, run, terms, operands[0], low_of(operands), d_bias is not None, active=active)
         if d_bias is not None and sums is not None:
             d_bias[start:stop].copy_(sums if active is None else torch.where(active != 0, sums, d_bias[start:stop]))
         if by_hopper and any(outputs):

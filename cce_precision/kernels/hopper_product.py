@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .dz import low_of
 from .entry import Tiles, entry
 from .hopper import barriers, describe, halves
 from .hopper_dz import store_half
@@ -346,7 +347,7 @@ def add_products(
 
     e, the sums and dC contiguous; for the rest see `products_fit`.
     """
-    dz, low = operands[0], operands[1] if len(operands) > 1 else None
+    dz, low = operands[0], low_of(operands)
     n, width = dz.shape
     d = e.shape[1]
     across = -(-d // 256)

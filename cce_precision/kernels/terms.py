@@ -67,6 +67,15 @@ class TokensByTarget:
         return TokensByTarget(tokens, torch.searchsorted(values, edges, out_int32=True))
 
 
+@triton.jit
+def is_wanted(active, ACTIVE: tl.constexpr):
+    """Whether anything is to be done: always, or where `active` (() int32) is not 0."""
+    if ACTIVE:
+        return tl.load(active) != 0
+    else:
+        return True
+
+
 @entry
 @triton.jit
 def clean_rows_kernel(
@@ -79,10 +88,8 @@ def clean_rows_kernel(
     COLUMNS: tl.constexpr,
     ACTIVE: tl.constexpr,
 ):
-    row, wanted = tl.program_id(0), True
-    if ACTIVE:
-        wanted = tl.load(active) != 0
-    if wanted:
+    row = tl.program_id(0)
+    if is_wanted(active, ACTIVE):
         j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         known = (tl.load(targets + row) >= 0) & (j < d)
         value = tl.load(e + wide(row) * stride_e[0] + j.to(tl.int64) * stride_e[1], mask=known, other=0)
@@ -130,10 +137,8 @@ def label_rows_kernel(
     SHIFT: tl.constexpr,
     ACTIVE: tl.constexpr,
 ):
-    row, wanted = tl.program_id(0), True
-    if ACTIVE:
-        wanted = tl.load(active) != 0
-    if wanted:
+    row = tl.program_id(0)
+    if is_wanted(active, ACTIVE):
         j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         value = label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, LABEL, SHIFT)
         tl.store(out + wide(d) * row + j, value, mask=j < d)
@@ -187,10 +192,7 @@ def label_rows(
 @entry
 @triton.jit
 def scale_kernel(unit, factor, out, active, size, BLOCK: tl.constexpr, ACTIVE: tl.constexpr):
-    wanted = True
-    if ACTIVE:
-        wanted = tl.load(active) != 0
-    if wanted:
+    if is_wanted(active, ACTIVE):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(unit + i, mask=i < size) * tl.load(factor)
         tl.store(out + i, round_to(value, out.dtype.element_ty), mask=i < size)
