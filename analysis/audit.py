@@ -38,7 +38,8 @@ from cce_precision.analysis.provenance import commit
 __all__ = ["STATUSES", "Card", "Outcome", "audit", "examine", "read", "write"]
 
 STATUSES = ("pass", "fail", "limit", "not offered")
-SECONDS = 300.0  # for one check, its failure made small included
+SECONDS = 300.0  # for one check, its failure made small and its programs included
+SPARE = 10.0  # of them, for what is between those
 SHRINKING = 6.0  # of the processor, for making a failure small
 LATEST = 50.0  # by the clock, for the same: a compiler works in other processes
 PROGRAM = 90.0  # for one of the two programs that may be run
@@ -110,14 +111,16 @@ def _excused(f: Finding) -> bool:
     return f.note.startswith("within the bound of")
 
 
-def _plainest(trial: Trial, fails: Callable[[Trial], bool]) -> Trial:
-    """The plainest trial that fails as this one does, of those that Hypothesis, if it is there, finds in time."""
+def _plainest(trial: Trial, fails: Callable[[Trial], bool], until: float = math.inf) -> Trial:
+    """The plainest trial that fails as this one does, of those that Hypothesis, if it is there, finds in time: with
+    some left, `until`, for two programs.
+    """
     try:
         from hypothesis import HealthCheck, Phase, Verbosity, errors, find, settings
     except ModuleNotFoundError:
         return trial
 
-    ends, latest = time.process_time() + SHRINKING, time.monotonic() + LATEST
+    ends, latest = time.process_time() + SHRINKING, min(time.monotonic() + LATEST, until - 2 * PROGRAM)
     known = {trial: True}
 
     def still(candidate: Trial) -> bool:
@@ -139,7 +142,7 @@ def _plainest(trial: Trial, fails: Callable[[Trial], bool]) -> Trial:
     return trial
 
 
-def _small(subject: Subject, check: Check, worst: Finding) -> Finding:
+def _small(subject: Subject, check: Check, worst: Finding, until: float) -> Finding:
     """The failure on the smallest trial found."""
     failing = {worst.trial: worst}
 
@@ -152,7 +155,7 @@ def _small(subject: Subject, check: Check, worst: Finding) -> Finding:
                         return True
         return False
 
-    return failing[_plainest(worst.trial, fails)]
+    return failing[_plainest(worst.trial, fails, until)]
 
 
 def _alike(f: Finding, worst: Finding) -> bool:
@@ -164,7 +167,7 @@ def _alike(f: Finding, worst: Finding) -> bool:
     )
 
 
-def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> Outcome:
+def _raised(subject: Subject, check: Check, trial: Trial, error: Exception, until: float) -> Outcome:
     """The outcome of a call that raised."""
     message = _plain(error)
     said = f"{type(error).__name__}: {' '.join(message.split())[:200]}"
@@ -181,9 +184,9 @@ def _raised(subject: Subject, check: Check, trial: Trial, error: Exception) -> O
             return type(other) is kind
         return False
 
-    small = _plainest(trial, fails) if check.minimal else trial
+    small = _plainest(trial, fails, until) if check.minimal else trial
     candidates = ((small, None), (trial, None))
-    text, lack = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, candidates, message)
+    text, lack = _program(subject, check, f"it raises {kind.__name__}", kind.__name__, candidates, message, until)
     return Outcome(check.name, "fail", f"raises {said} ({trial}){lack}", snippet=text)
 
 
@@ -192,6 +195,7 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
     target, device, name = task
     settle(device)
     started = time.monotonic()
+    until = started + SECONDS - SPARE
     check, subject = CHECKS[name], Subject(target, device)
     try:
         trials = check.trials or fuzzed(target)
@@ -208,19 +212,19 @@ def examine(task: tuple[Target, str, str]) -> Outcome:
         except NotOffered as error:
             return Outcome(name, "not offered", _plain(error))
         except Exception as error:
-            outcome = _raised(subject, check, trial, error)
+            outcome = _raised(subject, check, trial, error, until)
             refused.append(f"{trial} {outcome.summary}")
             if outcome.status == "fail":
                 break
     else:
-        outcome = _verdict(subject, check, found) if found else Outcome(name, "not offered", refused[0])
+        outcome = _verdict(subject, check, found, until) if found else Outcome(name, "not offered", refused[0])
         if found and refused:
             summary = f"{outcome.summary}; {len(refused)} of {len(able)} calls refused: {refused[0]}"
             outcome = dataclasses.replace(outcome, summary=summary)
     return dataclasses.replace(outcome, seconds=round(time.monotonic() - started, 1))
 
 
-def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
+def _verdict(subject: Subject, check: Check, found: list[Finding], until: float) -> Outcome:
     failing = [f for f in found if not f.holds and not _excused(f)]
     excused = [f for f in found if not f.holds and _excused(f)]
     records = tuple(map(_record, found))
@@ -236,8 +240,9 @@ def _verdict(subject: Subject, check: Check, found: list[Finding]) -> Outcome:
     said = f"{len(failing)} of {len(found)}: {_summary(worst)}"
     if not check.minimal:
         return Outcome(check.name, "fail", said, records)
-    small = _small(subject, check, worst)
-    text, lack = _program(subject, check, said, "AssertionError", ((small.trial, small), (worst.trial, worst)))
+    small = _small(subject, check, worst, until)
+    candidates = ((small.trial, small), (worst.trial, worst))
+    text, lack = _program(subject, check, said, "AssertionError", candidates, until=until)
     return Outcome(check.name, "fail", said + lack, records, text)
 
 
@@ -262,6 +267,7 @@ def _program(
     error: str,
     candidates: Iterable[tuple[Trial, Finding | None]],
     message: str = "",
+    until: float = math.inf,
 ) -> tuple[str, str]:
     """The first program of trials (with what was found, or None where they raise) that fails with an error when it is
     run: what was small here may not fail alone, as a compiler remembers shapes. Where none does, no text, and how the
@@ -270,26 +276,34 @@ def _program(
     ending = ""
     for trial, found in dict.fromkeys(candidates):
         text = snippet(subject, trial, said, found, raising=found is None, form=check.form)
-        ending = _ending(text)
+        ending = _ending(text, min(PROGRAM, until - time.monotonic()))
         if error in ending or set(_lines(message)[:1]) & set(_lines(ending)):
             return text, ""
     return "", f"; as a program of its own it ends with: {(_lines(ending) or ['no error'])[-1][:200]}"
 
 
-def _ending(text: str) -> str:
-    """What a program says as it fails; empty where it ends well."""
+def _ending(text: str, seconds: float = PROGRAM) -> str:
+    """What a program says as it fails; empty where it ends well.
+
+    It says so into a file: a pipe would stay open with every process that the program has started and left behind.
+    """
+    late = f"no answer within {max(seconds, 0):.3g} s"
+    if seconds <= 0:
+        return late
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "snippet.py"
+        path, said = Path(folder) / "snippet.py", Path(folder) / "said"
         path.write_text(text)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
         command = [sys.executable, str(path)]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=PROGRAM, env=environment, check=False
-            )
+            with said.open("w") as file:
+                done = subprocess.run(
+                    command, stdout=subprocess.DEVNULL, stderr=file, timeout=seconds, env=environment, check=False
+                )
         except subprocess.TimeoutExpired:
-            return f"no answer within {PROGRAM:g} s"
-    return (_plain(done.stderr).strip() or f"code {done.returncode}") if done.returncode else ""
+            return late
+        message = _plain(said.read_text(errors="replace")).strip()
+    return (message or f"code {done.returncode}") if done.returncode else ""
 
 
 # A card.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def broken(name: str) -> Target:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Failures are not made small, snippets not run, heavy checks take their first trials."""
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
-    monkeypatch.setattr(auditing, "_ending", lambda text: text and "AssertionError")
+    monkeypatch.setattr(auditing, "_ending", lambda text, seconds: text and "AssertionError")
     for name, trials in HEAVY.items():
         if trials:
             monkeypatch.setitem(CHECKS, name, dataclasses.replace(CHECKS[name], trials=trials))
@@ -137,6 +138,25 @@ def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
     assert not text and lack == "; as a program of its own it ends with: no error"
 
 
+def test_a_program_ends_as_it_does_whatever_it_leaves_behind() -> None:
+    """A process that lives on, and so keeps what it was given open, is not waited for."""
+    with Listener() as listener:
+        hangs = "from multiprocessing.connection import Client; Client(sys.argv[1]).recv()"
+        start = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import sys; {hangs}', "
+        ending = auditing._ending(f"{start}{listener.address!r}])\nraise ValueError('after that')\n")
+        assert ending.endswith("ValueError: after that")
+        with listener.accept() as left:
+            left.send(None)
+
+
+def test_a_failure_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a check's measurements have taken what it may take, it fails as it is: not made small, no program run."""
+    monkeypatch.setattr(auditing, "SECONDS", 0.0)
+    outcome = examine((broken("dropped_target"), "cpu", "odd sizes"))
+    assert outcome.status == "fail" and outcome.findings and not outcome.snippet
+    assert outcome.summary.endswith("as a program of its own it ends with: no answer within 0 s")
+
+
 def test_an_error_in_colours_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is recorded plainly, with its trial; its program is known by the message, or shown by its last words."""
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
@@ -176,7 +196,7 @@ def test_a_limit_is_told_from_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tile filter drops confident rows: a limit of `cce`, a defect of what does not promise a filter."""
     assert examine((TARGETS["cce"], "cpu", "confident rows")).status == "limit"
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
-    monkeypatch.setattr(auditing, "_ending", lambda text: text and "AssertionError")
+    monkeypatch.setattr(auditing, "_ending", lambda text, seconds: text and "AssertionError")
     anonymous = dataclasses.replace(TARGETS["cce"], name="anonymous", promise=None)
     assert examine((anonymous, "cpu", "confident rows")).status == "fail"
     assert examine((TARGETS["baseline"], "cpu", "16-bit logits")).status == "limit"
@@ -220,6 +240,7 @@ def test_a_failure_is_made_plain_in_time(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(t.n <= trial.n and t.v <= trial.v and t.softcap is None for t in asked)
     assert auditing._plainest(trial, fails) == least
     assert auditing._plainest(trial, lambda t: False) == trial
+    assert auditing._plainest(trial, fails, time.monotonic()) == trial
     monkeypatch.setattr(auditing, "SHRINKING", 0.0)
     assert auditing._plainest(trial, fails) == trial
 
