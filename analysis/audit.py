@@ -238,9 +238,9 @@ def _verdict(subject: Subject, check: Check, found: list[Finding], until: float)
     if logits:
         return Outcome(check.name, "limit", f"{_summary(worst)}; {check.limit}", records)
     said = f"{len(failing)} of {len(found)}: {_summary(worst)}"
-    if not check.minimal:
+    if not check.minimal and not worst.assertion:
         return Outcome(check.name, "fail", said, records)
-    small = _small(subject, check, worst, until)
+    small = _small(subject, check, worst, until) if check.minimal else worst
     candidates = ((small.trial, small), (worst.trial, worst))
     text, lack = _program(subject, check, said, "AssertionError", candidates, until=until)
     return Outcome(check.name, "fail", said + lack, records, text)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cce_precision.analysis.audit_trials import GRADIENTS, IGNORED, STALE, Finding, Subject, Trial
 
-__all__ = ["Form", "related", "snippet"]
+__all__ = ["Form", "held", "related", "snippet"]
 
 
 class Form(NamedTuple):
@@ -82,6 +82,20 @@ def again(e, c, targets):
 error = ({mine} - ({exact[quantity]})).norm()
 print(f"apart by {{error:.3g}}; two careful calls stay below {allowed:.3g}")
 assert error <= {allowed:.3g}"""
+
+
+def held(subject: Subject, trial: Trial, most: float) -> str:
+    """The assertion of a second call that it holds at most so many MiB beyond the gradients, for `Finding.assertion`;
+    on a GPU.
+    """
+    return f"""e.grad = c.grad = loss = None
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+loss = {subject.target.text(trial.options())}
+{trial.backward_text}
+peak = torch.cuda.max_memory_allocated() - before - e.grad.nbytes - c.grad.nbytes
+print(f"{{peak / 2**20:.1f}} MiB beyond the gradients; the logits take {most:g}")
+assert peak <= {most:g} * 2**20"""
 
 
 def _exact(trial: Trial, quantity: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from cce_precision.analysis import audit as auditing
+from cce_precision.analysis import audit_checks as checks
 from cce_precision.analysis import audit_page
 from cce_precision.analysis.audit import Outcome, audit, examine, read, write
 from cce_precision.analysis.audit_checks import CHECKS, fuzzed
@@ -128,6 +130,30 @@ def test_a_relation_between_calls_has_a_snippet(dtype: str) -> None:
             assert right in text
             with pytest.raises(AssertionError):
                 exec(text.replace(right, "return 0, 0 * e, 0 * c"), {})
+
+
+@pytest.mark.parametrize("held", [2**26, 2**26 + 1])
+def test_a_program_asks_for_the_memory_of_the_logits(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with what a GPU would say: 64 MiB beyond both gradients is what the logits take, a byte more too much."""
+    trial = CHECKS["memory"].trials[0]
+    monkeypatch.setattr(checks, "allocated", lambda work, device: (None, 3 * held / 2**20, 0.0))
+    monkeypatch.setattr(checks, "run", lambda *_: {})
+    monkeypatch.setattr(Trial, "tensors", lambda *_: dict.fromkeys(("e", "c"), torch.zeros(1, dtype=torch.bfloat16)))
+    (found,) = CHECKS["memory"].measure(Subject(broken("correct"), "cuda"), trial)
+    assert not found.holds
+    gradients = 2 * (trial.n + trial.v) * trial.d
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 + gradients + held)
+    text = snippet(Subject(broken("correct"), "cuda"), trial, "too much", found).replace('"cuda", ', "")
+    with contextlib.nullcontext() if held == 2**26 else pytest.raises(AssertionError):
+        exec(text.replace('.to("cuda")', ""), {})
+
+
+@pytest.mark.gpu
+def test_what_takes_more_memory_than_the_logits_has_a_program() -> None:
+    outcome = examine((TARGETS["cce_split"], "cuda", "memory"))
+    assert outcome.status == "fail" and "max_memory_allocated" in outcome.snippet, outcome.summary
 
 
 def test_a_snippet_that_does_not_fail_is_not_shown() -> None:
