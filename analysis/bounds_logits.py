@@ -25,7 +25,7 @@ from cce_precision.analysis.bounds_tensor_core import chain
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.problem import Problem
 
-__all__ = ["plain_softmax", "precision", "products", "tiled_softmax"]
+__all__ = ["flushed", "plain_softmax", "precision", "products", "tiled_softmax"]
 
 NOTHING_LEFT = 1e4  # stands for an infinite gap between the target's logit and the others
 CLOSE_LOOK = 2**21  # products of a block of logits whose bits are looked at one by one
@@ -55,6 +55,20 @@ def products(
     operand = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
     error = machine.products(p, problem.d, absolute, value.abs(), operand, exact, inexact, largest(e, c))
     return Computed(value, error)
+
+
+def flushed(left: Computed, right: Tensor, operand: torch.dtype, machine: Machine) -> Tensor:
+    """(A, B) what subnormal numbers cost PyTorch's own product of left (A, K) and the exact right (B, K), both fp64.
+
+    An instruction of some CPUs that multiplies bf16 (VDPBF16PS) takes a subnormal operand or result for 0.
+    """
+    if machine.block or operand != torch.bfloat16:
+        return torch.zeros((), dtype=torch.float64, device=right.device)
+    least, size = torch.finfo(operand).smallest_normal, right.abs()
+    small = torch.where(left.value.abs() - left.error < least, left.upper.clamp(max=least), 0.0)
+    lost = small @ size.T + left.upper @ torch.where(size < least, size, 0.0).T
+    lost = lost + torch.where(left.upper @ size.T > 0, 2 * right.shape[1] * least, 0.0)  # each product and each sum
+    return lost.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _capped(y: Computed, softcap: float, p: Precision, stored: torch.dtype) -> tuple[Computed, Computed]:
@@ -203,7 +217,8 @@ def plain_softmax(
     """The heads and the softmax of `eager/plain.py`: logits stored in the common dtype, then PyTorch's operations."""
     p = precision(problem, machine, Stage.LOGITS, stages)
     stored = stage_dtype(stages, Stage.LOGITS, problem.operand_dtype)
-    y = products(problem, e, c, machine, stages).stored(stored)
+    y = products(problem, e, c, machine, stages)
+    y = Computed(y.value, y.error + flushed(Computed.exact(e), c, stored, machine)).stored(stored)
     if bias is not None:
         b = Computed.exact(bias)
         assert problem.bias is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds_gradients import Factors, GradientBounds, Rows
-from cce_precision.analysis.bounds_logits import precision
+from cce_precision.analysis.bounds_logits import flushed, precision
 from cce_precision.analysis.bounds_model import Computed, Machine, largest
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.problem import Problem
@@ -39,10 +39,11 @@ def plain_gradients(
         own = dz.error @ c.abs() + machine.products(
             p, v, size, out.abs(), stored, exact=False, largest=largest(dz.upper, c)
         )
+        own = own + flushed(dz, c.T, stored, machine)
         most = max(most, largest(dz.upper, rows.e))
         rows_e.append(last(Computed(out, own), problem.e.dtype))
         value += dz.value.T @ rows.e
-        error += dz.error.T @ rows.e.abs()
+        error += dz.error.T @ rows.e.abs() + flushed(Computed(dz.value.T, dz.error.T), rows.e.T, stored, machine)
         absolute += dz.upper.T @ rows.e.abs()
         for total, part in zip(bias, (dz.value, dz.error, dz.upper), strict=True):
             total += part.sum(0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cce_precision.analysis import tensor_core as tensor_core_model
 from cce_precision.analysis.bounds import INFLATION, bound
+from cce_precision.analysis.bounds_logits import flushed
 from cce_precision.analysis.bounds_model import (
     AMPERE,
     CPU,
@@ -132,6 +133,27 @@ def test_products_in_any_order(terms: int, dtype: torch.dtype, seed: int, offset
     allowed = CPU.products(SINGLE, terms, absolute, out, dtype, no_rounding, count) * (1 + 2.0**-40)
     computed = folded(a * b, random.Random(seed), fused, a, b)
     assert abs(Fraction(computed) - exact) <= Fraction(float(allowed))
+
+
+@given(st.integers(1, 40), st.integers(0, 2**16), st.integers(-140, -100), st.integers(-30, 10))
+@settings(max_examples=100)
+def test_products_that_take_subnormal_numbers_for_zero(terms: int, seed: int, first: int, second: int) -> None:
+    """As some CPUs' instruction for bf16 does: operands, products and sums."""
+    least = torch.finfo(torch.bfloat16).smallest_normal
+    g = torch.Generator().manual_seed(seed)
+    a, b = ((torch.randn(terms, generator=g) * 2.0**x).bfloat16().double() for x in (first, second))
+
+    def normal(x: Tensor) -> Tensor:
+        return torch.where(x.abs() < least, 0.0, x)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(normal(a), normal(b), strict=True):
+        total = normal(total + normal(x * y))
+    allowed = flushed(Computed.exact(a[None]), b[None], torch.bfloat16, CPU)
+    assert (total - a @ b).abs() <= allowed * (1 + 2.0**-40)
+    assert allowed <= ((a * b).abs()[(a.abs() < least) | (b.abs() < least)].sum() + terms * least) * 2
+    assert flushed(Computed.exact(a[None]), b[None], torch.float16, CPU) == 0
+    assert flushed(Computed.exact(a[None]), b[None], torch.bfloat16, HOPPER) == 0
 
 
 def test_exact_products_are_known_to_be_exact() -> None:
