@@ -34,19 +34,19 @@ SMALL: dict[str, Any] = {
     ),
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
-         "num_key_value_heads", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
-         "rotary_dim"), HEADS,
+         "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads", "num_experts",
+         "num_local_experts", "n_routed_experts", "moe_num_experts", "rotary_dim"), HEADS,
     ),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
     **dict.fromkeys(
         ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "time_step_rank", "state_size", "d_state",
-         "mamba_d_state", "ssm_state_size", "sliding_window", "n_mels", "attention_head_size"), 8,
+         "mamba_d_state", "ssm_state_size", "sliding_window", "n_mels", "attention_head_size", "swa_head_dim"), 8,
     ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     "logits_scaling": 3.0, "logit_scale": 0.3, "lm_head_multiplier": 0.5,
-    "vocab_size": VOCABULARY, "num_experts_per_tok": 2, "image_size": 32, "n_mlp_layers": 1,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": VOCABULARY, "unpadded_vocab_size": VOCABULARY, "num_experts_per_tok": 2, "image_size": 32,
+    "n_mlp_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 FOUR = {"num_hidden_layers": 4}  # one period of a pattern of layers

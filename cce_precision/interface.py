@@ -370,15 +370,20 @@ def compute_z_loss(
 class LinearCrossEntropy(nn.Module):
     """`linear_cross_entropy` as a module: takes its options once, then e, c, targets and bias at each call.
 
-    Options are the keyword arguments of `linear_cross_entropy` beside the tensors; an unknown one raises TypeError.
+    Options are the arguments of `linear_cross_entropy` beside the tensors, by name or in its order; one that is unknown
+    or given twice raises TypeError.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *placed: Any, **options: Any) -> None:
         super().__init__()
         known = validation.option_names(linear_cross_entropy)
+        by_place = validation.by_position(linear_cross_entropy, placed, "LinearCrossEntropy")
         for name in options:
             if name not in known:
                 raise unknown_keyword("LinearCrossEntropy", name, known)
+            if name in by_place:
+                raise TypeError(f"LinearCrossEntropy got {name} twice, by position and by name")
+        options = by_place | options
         if (impl := options.get("impl", DEFAULT)) != choosing.AUTO:
             get(impl)
         validation.check_reduction(options.get("reduction", "mean"))

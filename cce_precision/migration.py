@@ -43,8 +43,11 @@ _CHUNKS = "workspace_mb, the most scratch memory in MiB: blocks follow from it"
 _SUMS = "accum_e_fp32 and accum_c_fp32; the default impl sums in fp32 anyway"
 _ARGMAX = "return_argmax=True: the predicted class of each token"
 _SCALE = "temperature, which divides the logits: 1 / scale"
+_COUNT = "reduction='sum', and divide the loss by that number"
+_SHARDED = "vocab_parallel_options, or DTensors, whose placements say it"
 
-# Keyword names of Liger, quack, torchtune, PyTorch's F.linear_cross_entropy, Megatron and of models' configs.
+# Keyword names of Liger, quack, torchtune, PyTorch's F.linear_cross_entropy, Megatron, FLA, Unsloth and of models'
+# configs.
 HINTS = {
     "input": _EMBEDDINGS,
     "_input": _EMBEDDINGS,
@@ -79,8 +82,13 @@ HINTS = {
     "num_chunks": _CHUNKS,
     "num_output_chunks": _CHUNKS,
     "chunk_mem_const": _CHUNKS,
+    "batch_chunk_size": _CHUNKS,
+    "chunking_method": _CHUNKS,
     "options": f"impl for the numerics, and {_CHUNKS}",
     "accum_dtype": _SUMS,
+    "acc_dtype": _SUMS,
+    "acc_policy": _SUMS,
+    "accumulate_grad_in_fp32": _SUMS,
     "use_kahan": "impl='cce_kahan'",
     "kahan": "impl='cce_kahan'",
     "compiled": "impl='torch_compile'",
@@ -91,6 +99,10 @@ HINTS = {
     "logit_scale": _SCALE,
     "logits_scaling": _SCALE,
     "inverse_temperature": _SCALE,
+    "num_items_in_batch": _COUNT,
+    "n_items": _COUNT,
+    "tp_group": _SHARDED,
+    "tp_enabled": _SHARDED,
     "size_average": "reduction",
     "reduce": "reduction",
     "eps": "filter_eps",

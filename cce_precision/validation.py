@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,9 +44,21 @@ class Options(NamedTuple):
     temperature: float
 
 
+TENSORS = {"e", "c", "targets", "bias"}  # of each call, and no options
+
+
 def option_names(function: Callable[..., Any]) -> set[str]:
     """The names of a function's options, the tensors of each call left out."""
-    return set(inspect.signature(function).parameters) - {"e", "c", "targets", "bias"}
+    return set(inspect.signature(function).parameters) - TENSORS
+
+
+def by_position(function: Callable[..., Any], given: Sequence[Any], who: str) -> dict[str, Any]:
+    """A function's options that are given by their place after the tensors. Raises TypeError for more than have one."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD and x.name not in TENSORS]
+    if len(given) > len(names):
+        raise TypeError(f"{who} takes {len(names)} options by position ({', '.join(names)}), got {len(given)}")
+    return dict(zip(names, given))
 
 
 def _is_number(x: object) -> bool:

@@ -64,21 +64,32 @@ def _distributed(x: Tensor, mesh: Any, placements: list[Any]) -> Any:
 @case
 def placements(place: Place) -> dict[str, dict[str, Tensor]]:
     """Loss, lse and whole gradients of one problem under each kind of placement."""
-    call, results, ways = build(KNOBS, device=place.device).there(), {}, placements_of(place.world)
+    ways = placements_of(place.world)
     meshes = {shape: _mesh(place, shape) for shape in dict.fromkeys(shape for shape, _, _ in ways.values())}
-    for name, (shape, of_e, of_c) in ways.items():
-        mesh = meshes[shape]
-        assert call.bias is not None
-        e = _distributed(call.e, mesh, _placements(of_e))
-        c, bias = (_distributed(x, mesh, _placements(of_c)) for x in (call.c, call.bias))
-        loss, lse = linear_cross_entropy(e, c, call.targets, bias, return_lse=True)  # type: ignore[misc]
-        loss.backward()
-        for x in (e, c, bias):
-            assert x.grad.placements == x.placements, (name, x.grad.placements)
-        gradients = {"dE": e.grad.full_tensor().reshape(-1, 8), "dC": c.grad.full_tensor()}
-        gradients["dbias"] = bias.grad.full_tensor()
-        results[name] = {"value": loss.detach(), "lse": lse.detach().reshape(-1)} | gradients
-    return results
+    return {name: _under(place, meshes[shape], of_e, of_c) for name, (shape, of_e, of_c) in ways.items()}
+
+
+@case
+def placements_of_pairs(place: Place) -> dict[str, dict[str, Tensor]]:
+    """The same on meshes of two processes, two of which compute side by side."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    both = init_device_mesh(torch.device(place.device).type, (2, 2), mesh_dim_names=("pairs", "pair"))
+    return {name: _under(place, both["pair"], *way) for name, way in ONE_DIMENSION.items()}
+
+
+def _under(place: Place, mesh: Any, of_e: str, of_c: str) -> dict[str, Tensor]:
+    call = build(KNOBS, device=place.device).there()
+    assert call.bias is not None
+    e = _distributed(call.e, mesh, _placements(of_e))
+    c, bias = (_distributed(x, mesh, _placements(of_c)) for x in (call.c, call.bias))
+    loss, lse = linear_cross_entropy(e, c, call.targets, bias, return_lse=True)  # type: ignore[misc]
+    loss.backward()
+    for x in (e, c, bias):
+        assert x.grad.placements == x.placements, (of_e, of_c, x.grad.placements)
+    gradients = {"dE": e.grad.full_tensor().reshape(-1, 8), "dC": c.grad.full_tensor()}
+    gradients["dbias"] = bias.grad.full_tensor()
+    return {"value": loss.detach(), "lse": lse.detach().reshape(-1)} | gradients
 
 
 FEATURES = dataclasses.replace(
@@ -209,10 +220,11 @@ def allowance(call: Call, world: int, machine: Machine = CPU) -> Quantities:
     return dataclasses.replace(allowed, **more)
 
 
-def judge_placements(stored: list[Any], name: str, machine: Machine = CPU) -> None:
-    """Raises unless what each process found under one kind of placement is within the bounds, and a zero is not."""
+def judge_placements(stored: list[Any], name: str, machine: Machine = CPU, world: int | None = None) -> None:
+    """Raises unless what each process found under one kind of placement is within the bounds, and a zero is not.
+    `world`: how many share it; None: all."""
     call = build(KNOBS)
-    exact, allowed = truth(call.problem, call.objective), allowance(call, len(stored), machine)
+    exact, allowed = truth(call.problem, call.objective), allowance(call, world or len(stored), machine)
     for results in stored:
         for quantity, value in results[name].items():
             most = getattr(allowed, quantity) + getattr(exact.radius, quantity)

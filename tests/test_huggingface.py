@@ -158,8 +158,18 @@ def test_heads_that_are_not_linear_are_refused_by_name() -> None:
         cce_patch(nn.Linear(2, 3))
     model = build("llama")
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM must be an nn\.Linear, got Sequential"):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM must be an nn\.Linear, got Sequential$"):
         cce_patch(model)
+    model.lm_head = Scaled(32, VOCABULARY)
+    with pytest.raises(TypeError, match=r"an nn\.Linear, got Scaled, which has a forward of its own$"):
+        cce_patch(model)
+
+
+class Scaled(nn.Linear):
+    """A head that scales each token's logit, as Dory's does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.arange(1, self.out_features + 1)
 
 
 # -- what a model is asked for -----------------------------------------------------------------------------------------

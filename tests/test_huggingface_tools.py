@@ -453,7 +453,7 @@ SOME = "llama,gpt2,gemma2,cohere,granite,phi,bert,xlm,prophetnet,mixtral,bart,ma
 @pytest.mark.parametrize("folder", FOLDERS or [None], ids=str)
 def test_another_release_of_transformers(folder: Path | None, tmp_path: Path) -> None:
     """CCE_TRANSFORMERS_FOLDERS names folders with one each: pip install --no-deps --target FOLDER transformers==...
-    (4.57 needs huggingface-hub<1.0 and tokenizers<=0.23.0 with it)."""
+    (with tokenizers<=0.23.0; 4.57 needs huggingface-hub<1.0 too, 5.0 huggingface-hub<2 and its httpx)."""
     if folder is None or not folder.exists():
         pytest.skip("CCE_TRANSFORMERS_FOLDERS names no folder with another transformers")
     command = [sys.executable, "-W", "ignore", "-m", "cce_precision.analysis.census", "--out", tmp_path, "--only", SOME]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,23 @@ def test_the_originals_names_are_here(call: tuple[Tensor, Tensor, Tensor]) -> No
     e, c, targets = call
     module = cut_cross_entropy.LinearCrossEntropy(impl=LinearCrossEntropyImpl.CCE, reduction="sum")
     assert torch.equal(module(e, c, targets), linear_cross_entropy(e, c, targets, impl="cce", reduction="sum"))
+
+
+def test_the_module_takes_the_originals_options_by_place(call: tuple[Tensor, Tensor, Tensor]) -> None:
+    module = LinearCrossEntropy(2, 5.0, "sum", 1, impl="cce")
+    named = linear_cross_entropy(*call, ignore_index=2, softcap=5.0, reduction="sum", shift=1, impl="cce")
+    assert torch.equal(module(*call), named)
+    assert not torch.equal(LinearCrossEntropy(0, 5.0, "sum", 1, impl="cce")(*call), named)
+    order = list(inspect.signature(linear_cross_entropy).parameters)[4:16]
+    assert list(LinearCrossEntropy(*[linear_default(name) for name in order]).options) == order
+    with pytest.raises(TypeError, match="takes 12 options by position .*, got 13"):
+        LinearCrossEntropy(*[linear_default(name) for name in order], "eager")
+    with pytest.raises(TypeError, match="got softcap twice"):
+        LinearCrossEntropy(-100, 5.0, softcap=5.0)
+
+
+def linear_default(name: str) -> Any:
+    return inspect.signature(linear_cross_entropy).parameters[name].default
 
 
 def test_the_other_name_of_the_patch() -> None:

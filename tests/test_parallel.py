@@ -30,6 +30,7 @@ from tests.parallel_cases import (
     verdict_of,
 )
 from tests.parallel_placements import (
+    ONE_DIMENSION,
     SHARDED,
     judge_features,
     judge_placements,
@@ -67,6 +68,13 @@ def test_every_variant(impl: str, world: int, ran: dict[str, list[Any]]) -> None
 def test_placements(name: str, ran: dict[str, list[Any]]) -> None:
     """DTensors placed in every way that has a meaning give what one process gives; gradients are placed alike."""
     judge_placements(ran["placements"], name)
+
+
+@pytest.mark.parametrize("name", ONE_DIMENSION)
+def test_placements_on_two_processes(name: str, ran: dict[str, list[Any]]) -> None:
+    judge_placements(ran["placements_of_pairs"], name, world=2)
+    first, *others = (results[name] for results in ran["placements_of_pairs"])
+    assert all(torch.equal(x[quantity], first[quantity]) for x in others for quantity in first)
 
 
 def test_placed_features(ran: dict[str, list[Any]]) -> None:

@@ -169,6 +169,7 @@ def prepared(model: Any) -> tuple[nn.Linear, HeadHook]:
     if not isinstance(head, nn.Module) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"cce_patch: the head of {type(model).__name__} must be an nn.Linear, got {type(head).__name__}"
+            + (", which has a forward of its own" if isinstance(head, nn.Linear) else "")
             + (": merge the adapter, or train the head itself with modules_to_save" if _adapted(head) else "")
         )
     return head, install(head)  # type: ignore[return-value]
