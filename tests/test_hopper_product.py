@@ -15,7 +15,7 @@ from cce_precision.problem import Plan, Problem, Upstream
 
 pytest.importorskip("triton")
 from cce_precision.kernels import dense
-from cce_precision.kernels.schedule import best_width, schedule
+from cce_precision.kernels.schedule import PRODUCT_ROWS, best_width, consumers_of, schedule
 
 H200 = 132  # multiprocessors
 
@@ -55,10 +55,18 @@ def test_schedule(n: int, width: int, units_c: int, units_e: int) -> None:
 def test_widths_fill_the_multiprocessors() -> None:
     """Gemma's head in 256 MB: 16 full waves of dZ, and products within a fiftieth of an even share."""
     width = best_width(8192, 256_000, 2304, 9472, 1, (True, True), H200)
-    units_c, units_e = width // 128 * 9, 64 * 9
+    units_c, units_e = -(-width // PRODUCT_ROWS) * 9, -(-8192 // PRODUCT_ROWS) * 9
     assert (width // 256 * 64) % H200 == 0
     even = (units_c * 8192 + units_e * width) / H200
     assert schedule(8192, width, units_c, units_e, H200).time <= 1.02 * even
+
+
+def test_consumers_of_the_forward_pass() -> None:
+    """Three where their higher tiles fill the multiprocessors as well: 43 blocks x 12 splits in four waves of 132."""
+    assert consumers_of(8192, 12, H200) == 3 and consumers_of(128, 12, H200) == 2
+    for n in range(1, 20_000, 61):
+        rounds = {k: -(-(-(-n // (64 * k)) * 12) // H200) * k for k in (2, 3)}
+        assert rounds[consumers_of(n, 12, H200)] == min(rounds.values())
 
 
 def problem_of(n: int, v: int, d: int, dtype: torch.dtype, hot: bool) -> Problem:

@@ -402,3 +402,30 @@ def test_row_terms(names: str, temperature: float) -> None:
     equal(found.label[5], (alpha / power - beta / power - kappa / power * heads.entropy)[5])  # P_t = 1
     assert not found.label[~counts].any() and found.label[counts].any()
     assert torch.equal(found.label.isnan().nonzero(), (counts & (torch.arange(n) == 11) & (names != "nll")).nonzero())
+
+
+@pytest.mark.parametrize("n", [1, 8, 300])
+def test_label_sums(n: int) -> None:
+    """The sum over a frequent target's tokens, in the slot of its first place; within the rounding of an fp32 sum."""
+    from cce_precision.kernels.labels import SHORT, Labels, sums_size
+    from cce_precision.kernels.terms import TokensByTarget
+
+    v, d = 11, 37
+    generator = torch.Generator().manual_seed(n)
+    e = torch.randn(n, d, generator=generator).to(torch.bfloat16)
+    targets = torch.randint(-1, v + 2, (n,), generator=generator)  # ignored ones, and some of another process
+    targets[: n // 2] = 3
+    label = torch.rand(n, generator=generator) - 1
+    segments = TokensByTarget.of(targets, v)
+    room = torch.full((sums_size(n, d),), 255, dtype=torch.uint8)  # NaN in fp32
+    found = Labels.of(e, targets, label, segments, room)
+    long = 0
+    for j in range(v):
+        own = targets == j
+        if own.sum() > SHORT:
+            long += 1
+            row = found.sums[int(segments.starts[j]) // SHORT]
+            terms = label[own, None].double() * e[own].double()
+            assert bool(((row - terms.sum(0)).abs() <= int(own.sum()) * 2.0**-24 * terms.abs().sum(0)).all())
+            assert row.any()
+    assert long >= (n > 2 * SHORT) and int(found.sums[:, 0].isfinite().sum()) == long

@@ -20,6 +20,7 @@ from ..numerics import Accumulation, Operand, Variant
 from ..problem import Heads, Plan, Problem, Upstream
 from .dz import Run, TileFilter, low_of, write_dz
 from .exact import NARROWEST, products_by_hopper, walk
+from .labels import sums_size
 from .record import candidates
 from .row_terms import row_terms
 from .schedule import WIDEST
@@ -80,7 +81,7 @@ class Room:
     """What the workspace that a caller allows holds, in bytes."""
 
     total: int
-    fixed: int  # a copy of e, and the sums of dE
+    fixed: int  # a copy of e, and the sums of dE and of the labels
     column: int  # of a run
     narrowest: int  # columns of a run
 
@@ -93,6 +94,8 @@ class Room:
         sums = {Accumulation.FP32: 4, Accumulation.KAHAN: size, Accumulation.INPUT: 0}[embedding_sums(variant)]
         fixed = problem.n * d * (size + (sums if need_e else 0))
         by_hopper = finished_by_hopper(problem, plan)
+        if by_hopper and need_c:
+            fixed += sums_size(problem.n, d)
         column = problem.n * size * (2 if is_split(problem, plan) else 1)
         column += d * 4 if need_c and not variant.filter_c and not by_hopper else 0
         column += d * size if variant.sort_vocabulary else 0
@@ -241,7 +244,8 @@ def walk_runs(
     if all(x is None for x in (sums_e, d_c, d_bias)):  # nothing to walk for
         return finished(problem, plan, e, terms, sums_e, d_c, d_bias)
     if finished_by_hopper(problem, plan):
-        pool = torch.empty(parts * n * width * e.element_size(), dtype=torch.uint8, device=device)
+        size = parts * n * width * e.element_size() + (sums_size(n, d) if need_c else 0)
+        pool = torch.empty(size, dtype=torch.uint8, device=device)
         walk(problem, e, terms, segments, pool, parts, None if sums_e is None else sums_e.total, d_c, d_bias, None)
         del pool
         return finished(problem, plan, e, terms, sums_e, d_c, d_bias)

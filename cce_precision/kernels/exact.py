@@ -19,6 +19,7 @@ from .answer import Answer
 from .dz import Run, low_of, write_dz
 from .elements import DTYPES
 from .entry import entry
+from .labels import Labels, sums_size
 from .launch import Config, architecture, cdiv, hopper_fits, multiprocessors, precision_of
 from .primitives import add_parts, grouped, load_tile, multiply_add, round_to, wide
 from .schedule import WIDEST, best_width
@@ -167,7 +168,7 @@ def walk(
     e: Tensor,  # (N, D) contiguous, ignored rows 0
     terms: RowTerms,
     segments: TokensByTarget | None,  # None: the labels stand in the operand
-    pool: Tensor,  # uint8 workspace: NARROWEST columns of dZ at least
+    pool: Tensor,  # uint8 workspace: NARROWEST columns of dZ at least, and on Hopper the labels' sums
     parts: int,  # 2: dZ as a hi + lo pair, on Hopper alone
     total_e: Tensor | None,  # (N, D) fp32: += dZ c
     d_c: Tensor | None,  # (V, D)
@@ -180,6 +181,11 @@ def walk(
     by_hopper = shift is None and products_by_hopper(problem.c)
     outputs = (total_e is not None, d_c is not None)
     active = None if wanted is None else wanted.flag
+    labels = None
+    if by_hopper and d_c is not None and segments is not None:
+        size = sums_size(n, d)
+        labels = Labels.of(e, terms.targets, terms.label, segments, pool[:size], active)
+        pool = pool[size:]
     start = 0
     while start < v and not (wanted is not None and wanted.known() is False):
         width, room = room_for(start, n * dtype.itemsize * parts, pool, d_c, WIDEST)
@@ -196,9 +202,8 @@ def walk(
         if d_bias is not None and sums is not None:
             d_bias[start:stop].copy_(sums if active is None else torch.where(active != 0, sums, d_bias[start:stop]))
         if by_hopper and any(outputs):
-            from .hopper_product import Columns, Labels, add_products
+            from .hopper_product import Columns, add_products
 
-            labels = None if segments is None else Labels(e, terms.targets, terms.label, segments)
             columns = None if d_c is None else Columns(d_c[start:stop], terms.scale, labels, start)
             add_products(operands, e, c, columns, total_e, active)
         elif any(outputs):
@@ -233,8 +238,9 @@ def exact_where(
 
 
 def least_pool(problem: Problem) -> int:
-    """Bytes that `exact_where` needs at least: the sums of dE, and NARROWEST columns of dZ."""
-    return -(-problem.n * problem.d // 64) * 256 + problem.n * NARROWEST * problem.operand_dtype.itemsize
+    """Bytes that `exact_where` needs at least: the sums of dE and of the labels, and NARROWEST columns of dZ."""
+    n, d = problem.n, problem.d
+    return -(-n * d // 64) * 256 + sums_size(n, d) + n * NARROWEST * problem.operand_dtype.itemsize
 
 
 def room_for(start: int, column: int, pool: Tensor, d_c: Tensor | None, widest: int) -> tuple[int, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
@@ -20,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..problem import Problem
 from .entry import Tiles, entry
+from .launch import cdiv
 from .primitives import decay_of, either, reference_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
-HALF = gl.constexpr(64)  # rows of one consumer
-ROWS = gl.constexpr(128)
+BAND = gl.constexpr(64)  # rows of one consumer
 COLUMNS = gl.constexpr(256)
 DEPTH = gl.constexpr(64)  # features of one step
 
@@ -39,22 +40,45 @@ def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
     return first + place % size, place // size
 
 
+@builtin
+def specialize(consume, arguments, consumers, copy, copied, _semantic=None, _generator=None):  # type: ignore[no-untyped-def]
+    """Warpgroups 0, 1, ... run consume(*arguments, 0), consume(*arguments, 1), ..., and one more copy(*copied)."""
+    consumers = _unwrap_if_constexpr(consumers)
+    parts = [(consume, gl.tuple([*arguments, gl.constexpr(which)])) for which in range(consumers)]
+    registers = [(504 - 24) // consumers // 8 * 8] * (consumers - 1) + [24]
+    _semantic.warp_specialize([*parts, (copy, copied)], [4] * consumers, registers, _generator)
+
+
+@builtin
+def expect(barrier, size, _semantic=None):  # type: ignore[no-untyped-def]
+    """mbarrier.expect of a size that is a constant."""
+    mbarrier.expect(barrier, _unwrap_if_constexpr(size), _semantic=_semantic)
+
+
+@gluon.constexpr_function
+def accumulator(consumers):  # type: ignore[no-untyped-def]
+    """The layout of a consumer's (64, 256) sum: ptxas takes no product of 256 columns at the 128 registers a thread
+    with which four warpgroups start.
+    """
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256 if consumers == 2 else 128, 16])
+
+
 @gluon.jit
-def operands(e, c, STAGES: gl.constexpr):
-    """The ring's tiles of token rows and of columns."""
-    left = gl.allocate_shared_memory(e.dtype, [STAGES, ROWS, DEPTH], e.layout)
+def operands(e, c, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    """The ring's tiles of token rows, by consumer, and of columns."""
+    left = gl.allocate_shared_memory(e.dtype, [CONSUMERS * STAGES, BAND, DEPTH], e.layout)
     right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
     return left, right
 
 
 @gluon.jit
-def barriers(STAGES: gl.constexpr):
-    """The ring's barriers: a stage is full when its copies have arrived, and free when both consumers have read it."""
+def barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+    """The ring's barriers: a stage is full when its copies have arrived, and free when all consumers have read it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(free.index(i), count=CONSUMERS)
     return full, free
 
 
@@ -76,6 +100,7 @@ def copy_tiles(
     chosen,
     CHOSEN: gl.constexpr,
     GROUP: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
@@ -94,20 +119,22 @@ def copy_tiles(
         for k in range(0, d, DEPTH):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), e.block_type.nbytes + c.block_type.nbytes)
-            tma.async_copy_global_to_shared(e, [block * ROWS, k], full.index(stage), left.index(stage))
+            expect(full.index(stage), CONSUMERS * e.block_type.nbytes + c.block_type.nbytes)
+            for which in gl.static_range(CONSUMERS):
+                row = (block * CONSUMERS + which) * BAND
+                tma.async_copy_global_to_shared(e, [row, k], full.index(stage), left.index(stage * CONSUMERS + which))
             tma.async_copy_global_to_shared(c, [tile * COLUMNS, k], full.index(stage), right.index(stage))
             count += 1
 
 
 @gluon.jit
-def logits_half(left, right, full, free, count, d, layout: gl.constexpr, WHICH: gl.constexpr, STAGES: gl.constexpr):
+def logits_band(left, right, full, free, count, d, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer's (64, 256) logits in fp32, and the steps taken so far."""
-    acc = gl.zeros([HALF, COLUMNS], gl.float32, layout)
+    acc = gl.zeros([BAND, COLUMNS], gl.float32, accumulator(CONSUMERS))
     for k in range(0, d, DEPTH):
         stage = count % STAGES
         mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-        a = left.index(stage).slice(WHICH * HALF, HALF)
+        a = left.index(stage * CONSUMERS + WHICH)
         b = right.index(stage).permute((1, 0))
         acc = warpgroup_mma(a, b, acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=1, deps=[acc])
@@ -183,26 +210,27 @@ def store_partial(partial, m, s, rows, inside, split, splits, n):
 
 
 @gluon.jit
-def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def softmax_band(shared, FLAGS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
     (
         left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
         last, n, v, d, splits, scale, softcap, threshold,
     ) = shared  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    layout: gl.constexpr = accumulator(CONSUMERS)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
-    rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
+    first_row = (block * CONSUMERS + WHICH) * BAND
+    rows = first_row + gl.arange(0, BAND, by_row)
     inside = rows < n
     target = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32)
-    m = gl.full([HALF], float("-inf"), gl.float32, by_row)
-    s = gl.zeros([HALF], gl.float32, by_row)
+    m = gl.full([BAND], float("-inf"), gl.float32, by_row)
+    s = gl.zeros([BAND], gl.float32, by_row)
     count = 0
     lowest = m
     for tile in range(first, last):
         if FLAGS[2]:
             lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
-        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
+        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
         z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
         columns = gl.arange(0, COLUMNS, by_column)
         highest = gl.max(z, 1)
@@ -213,9 +241,9 @@ def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.co
             keep_from = gl.maximum(lowest, known) + threshold
             if gl.max((highest * scale >= keep_from).to(gl.int32), 0) > 0:
                 found = gl.where(below < (keep_from - reference)[:, None], 0, 1 << (columns // 8)[None, :])
-                words = gl.reduce(gl.reduce(gl.reshape(found, [HALF, COLUMNS // 8, 8]), 1, either), 0, either)
+                words = gl.reduce(gl.reduce(gl.reshape(found, [BAND, COLUMNS // 8, 8]), 1, either), 0, either)
                 place = gl.arange(0, 8, words.type.layout)
-                out = record + gl.to_tensor(block).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
+                out = record + gl.to_tensor(first_row // 128).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
                 gl.atomic_or(out, words, mask=words != 0)
     store_partial(partial, m, s, rows, inside, split, splits, n)
 
@@ -223,7 +251,7 @@ def softmax_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.co
 @entry
 @gluon.jit
 def hopper_forward_kernel(
-    e,  # (N, D) descriptor, tiles (128, 64)
+    e,  # (N, D) descriptor, tiles (64, 64)
     c,  # (V, D) descriptor, tiles (256, 64)
     targets,  # (N,) int64
     bias,  # (V,) or unused
@@ -241,11 +269,12 @@ def hopper_forward_kernel(
     threshold,
     FLAGS: gl.constexpr,  # (bias, softcap, record)
     GROUP: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, STAGES)
-    full, free = barriers(STAGES)
-    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
+    left, right = operands(e, c, CONSUMERS, STAGES)
+    full, free = barriers(CONSUMERS, STAGES)
+    block, split = place_of(gl.program_id(0), (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND), splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -253,18 +282,13 @@ def hopper_forward_kernel(
         left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
         last, n, v, d, splits, scale, softcap, threshold,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (softmax_half, (shared, FLAGS, STAGES, gl.constexpr(0))),
-            (softmax_half, (shared, FLAGS, STAGES, gl.constexpr(1))),
-            (
-                copy_tiles,
-                (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES),
-            ),
-        ],
-        [4, 4],
-        [240, 24],
-    )
+    specialize(
+        softmax_band, (shared, FLAGS, CONSUMERS, STAGES), CONSUMERS, copy_tiles,
+        (
+            e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
+            CONSUMERS, STAGES,
+        ),
+    )  # fmt: skip
 
 
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -282,12 +306,13 @@ def launch_forward(
     scale: float,
     threshold: float,
     group: int,
+    consumers: int,
 ) -> None:
     """Fills outputs (partial, target_logit, bounds, record) as heads.forward_kernel does; an empty record is unused."""
     partial, target_logit, bounds, record = outputs
     splits, n = partial.shape[1:]
-    hopper_forward_kernel[((n + 127) // 128 * splits,)](
-        describe(problem.e, 128, 64),
+    hopper_forward_kernel[(cdiv(n, 64 * consumers) * splits,)](
+        describe(problem.e, 64, 64),
         describe(problem.c, 256, 64),
         problem.targets,
         partial if problem.bias is None else problem.bias,
@@ -305,6 +330,7 @@ def launch_forward(
         threshold,
         FLAGS=(problem.bias is not None, problem.softcap is not None, record.numel() > 0),
         GROUP=group,
+        CONSUMERS=consumers,
         STAGES=4,
         num_warps=4,
     )

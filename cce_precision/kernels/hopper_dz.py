@@ -7,44 +7,44 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from ..problem import Problem
 from .entry import entry
 from .hopper import (
+    BAND,
     COLUMNS,
-    HALF,
     LOG2E,
-    ROWS,
+    accumulator,
     barriers,
     copy_tiles,
     describe,
-    logits_half,
+    logits_band,
     operands,
     place_of,
+    specialize,
     tanh,
 )
-from .launch import multiprocessors
+from .hopper_store import WRITTEN, write
+from .launch import cdiv, multiprocessors
 from .record import units_of
+from .schedule import DZ_ROWS
 from .terms import RowTerms
 
 if TYPE_CHECKING:
     from .dz import Outputs, Run
 
-
-@gluon.jit
-def store_half(out, dz, value, block, tile, WHICH: gl.constexpr):
-    """One consumer's half tile through its shared buffer, once the copy before has left it."""
-    tma.store_wait(0)
-    gl.thread_barrier()
-    out.index(WHICH).store(value)
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(dz, [block * ROWS + WHICH * HALF, tile * COLUMNS], out.index(WHICH))
+CONSUMERS = gl.constexpr(DZ_ROWS // 64)
 
 
 @gluon.jit
-def dz_half(shared, FLAGS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def dz_band(
+    shared,
+    FLAGS: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    WHICH: gl.constexpr,
+):
     """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared
     memory.
     """
@@ -52,7 +52,7 @@ def dz_half(shared, FLAGS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constex
         left, right, full, free, out, dz, dz_low, targets, rows_terms, label, bias, row_stats, chosen, alive,
         n, width, d, start, units, blocks, tiles, temperature, softcap,
     ) = shared  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    layout: gl.constexpr = accumulator(CONSUMERS)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
     LABEL: gl.constexpr = FLAGS[0]
@@ -66,14 +66,15 @@ def dz_half(shared, FLAGS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constex
         if CHOSEN:
             code = gl.load(chosen + 1 + unit)
             block, tile = code // tiles, code % tiles
-        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
-        rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
+        row = (block * CONSUMERS + WHICH) * BAND
+        rows = row + gl.arange(0, BAND, by_row)
         inside = rows < n
         lse = gl.load(rows_terms + rows, mask=inside, other=float("inf"))
         alpha = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) + rows, mask=inside, other=0.0)
         local = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32) - start - tile * COLUMNS
         hit = (local >= 0) & (local < COLUMNS)
         some_hit = gl.max(hit.to(gl.int32), 0) > 0  # few tiles hold a target
+        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
         columns = gl.arange(0, COLUMNS, by_column)
         if FLAGS[4]:
             at = tile * COLUMNS + columns
@@ -98,32 +99,33 @@ def dz_half(shared, FLAGS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constex
             bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
             of_half = gl.max(gl.where((columns < 128)[None, :], bits, 0), 1)
             of_half = gl.maximum(of_half, gl.where(local < 128, complement, 0))
-            at = alive + block * ((width + 127) // 128) + tile * 2
-            gl.atomic_max(at, gl.max(of_half, 0))
+            at = alive + row // 128 * ((width + 127) // 128) + tile * 2
+            gl.atomic_max(at, gl.max(of_half, 0), mask=row < n)
             of_half = gl.max(gl.where((columns < 128)[None, :], 0, bits), 1)
             of_half = gl.maximum(of_half, gl.where(local < 128, 0, complement))
-            gl.atomic_max(at + 1, gl.max(of_half, 0), mask=tile * COLUMNS + 128 < width)
+            gl.atomic_max(at + 1, gl.max(of_half, 0), mask=(row < n) & (tile * COLUMNS + 128 < width))
         x = x * alpha[:, None]
         if LABEL:  # noqa: SIM102
             if some_hit:
                 own = columns[None, :] == local[:, None]
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
         high = x.to(dz.dtype)
-        if STATS:  # runs of columns below each other, each with the rows of all blocks
-            run = (dz.shape[1] + COLUMNS - 1) // COLUMNS
-            block, tile = tile // run * blocks + block, tile % run
-        store_half(out, dz, high, block, tile, WHICH)
+        if STATS:  # runs of columns below each other, each with N rounded up to 128 rows
+            run, height = (dz.shape[1] + COLUMNS - 1) // COLUMNS, blocks * (CONSUMERS * BAND)
+            write(out, dz, high, tile // run * height + row, tile % run * COLUMNS, False, WHICH)
+        else:
+            write(out, dz, high, row, tile * COLUMNS, False, WHICH)
         if FLAGS[6]:
-            store_half(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), block, tile, WHICH)
+            write(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), row, tile * COLUMNS, False, WHICH)
     tma.store_wait(0)
 
 
 @entry
 @gluon.jit
 def hopper_dz_kernel(
-    e,  # (N, D) descriptor, tiles (128, 64)
+    e,  # (N, D) descriptor, tiles (64, 64)
     c,  # (W, D) descriptor, tiles (256, 64)
-    dz,  # (N, W) descriptor, tiles (64, 256); with statistics (runs x N rounded up to 128, columns of a run)
+    dz,  # (N, W) descriptor, tiles of hopper_store.py; with statistics (runs x N rounded up to 128, columns of a run)
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     targets,  # (N,) int64
     rows_terms,  # (6, N) fp32
@@ -143,10 +145,10 @@ def hopper_dz_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, STAGES)
-    out = gl.allocate_shared_memory(dz.dtype, [2, HALF, COLUMNS], dz.layout)
-    full, free = barriers(STAGES)
-    blocks = (n + ROWS - 1) // ROWS
+    left, right = operands(e, c, CONSUMERS, STAGES)
+    out = gl.allocate_shared_memory(dz.dtype, [2 * CONSUMERS, BAND, dz.block_type.shape[1]], dz.layout)
+    full, free = barriers(CONSUMERS, STAGES)
+    blocks = (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND)
     tiles = (width + COLUMNS - 1) // COLUMNS
     units = blocks * tiles
     if FLAGS[2]:
@@ -159,36 +161,13 @@ def hopper_dz_kernel(
         left, right, full, free, out, dz, dz_low, targets, rows_terms, label, bias, row_stats, chosen, alive,
         n, width, d, start, units, blocks, tiles, temperature, softcap,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (dz_half, (shared, FLAGS, GROUP, STAGES, gl.constexpr(0))),
-            (dz_half, (shared, FLAGS, GROUP, STAGES, gl.constexpr(1))),
-            (
-                copy_tiles,
-                (
-                    e,
-                    c,
-                    left,
-                    right,
-                    full,
-                    free,
-                    first,
-                    last,
-                    step,
-                    never,
-                    blocks,
-                    tiles,
-                    d,
-                    chosen,
-                    gl.constexpr(FLAGS[2]),
-                    GROUP,
-                    STAGES,
-                ),
-            ),
-        ],
-        [4, 4],
-        [240, 24],
-    )
+    specialize(
+        dz_band, (shared, FLAGS, GROUP, STAGES), CONSUMERS, copy_tiles,
+        (
+            e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, chosen, gl.constexpr(FLAGS[2]),
+            GROUP, CONSUMERS, STAGES,
+        ),
+    )  # fmt: skip
 
 
 def launch_dz(
@@ -211,18 +190,17 @@ def launch_dz(
     """
     n, width = e.shape[0], run.c.shape[0]
     stats, chosen, alive = outputs.row_stats, outputs.chosen, outputs.alive
-    blocks, tiles = (n + 127) // 128, (width + 255) // 256
-    units = blocks * tiles
+    units = cdiv(n, DZ_ROWS) * cdiv(width, 256)
     if chosen is not None:
         chosen = units_of(chosen, group, 1 if alive is None else 2)  # a filter's tiles have 128 columns
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
     split, active = dz_low is not None, outputs.active is not None
     flags = (*optional, run.bias is not None, problem.softcap is not None, split, active)
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
-        describe(e, 128, 64),
+        describe(e, 64, 64),
         describe(run.c, 256, 64),
-        describe(dz, 64, 256),
-        e if dz_low is None else describe(dz_low, 64, 256),
+        describe(dz, 64, WRITTEN),
+        e if dz_low is None else describe(dz_low, 64, WRITTEN),
         terms.targets,
         terms.terms,
         terms.label,
@@ -239,6 +217,6 @@ def launch_dz(
         float(problem.softcap or 1.0),
         FLAGS=flags,
         GROUP=group,
-        STAGES=3,
+        STAGES=4,
         num_warps=4,
     )

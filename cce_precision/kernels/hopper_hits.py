@@ -14,24 +14,27 @@ from ..problem import Problem
 from .entry import entry
 from .hits import how_many
 from .hopper import (
+    BAND,
     COLUMNS,
-    HALF,
-    ROWS,
+    accumulator,
     barriers,
     copy_tiles,
     describe,
     halves,
-    logits_half,
+    logits_band,
     online_softmax_update,
     operands,
     place_of,
+    specialize,
     store_partial,
     without_target,
 )
+from .launch import cdiv
 from .primitives import BEYOND, column_word, either, row_word
 
 __all__ = ["launch_hits"]
 
+CONSUMERS = gl.constexpr(2)
 BLOCKS = gl.constexpr(COLUMNS.value // 16)  # of a tile, a bit each
 
 
@@ -42,7 +45,7 @@ def block_bits(x, lowest):
     A thread's own largest first, then the bits of its neighbours: no largest value travels.
     """
     blocks: gl.constexpr = x.shape[1] // 16
-    top = gl.max(gl.max(gl.reshape(x, [HALF, blocks, 2, 4, 2]), 4), 2)  # (64, blocks, 4)
+    top = gl.max(gl.max(gl.reshape(x, [BAND, blocks, 2, 4, 2]), 4), 2)  # (64, blocks, 4)
     low = gl.convert_layout(lowest, gl.SliceLayout(1, gl.SliceLayout(2, top.type.layout)))
     bit = 1 << gl.arange(0, blocks, gl.SliceLayout(0, gl.SliceLayout(2, top.type.layout)))
     found = gl.where(top >= gl.expand_dims(gl.expand_dims(low, 1), 2), gl.expand_dims(gl.expand_dims(bit, 0), 2), 0)
@@ -67,20 +70,20 @@ def drawn_bits(p, limit, by_row, first):
         by_column = column_word(columns.to(gl.uint32))
         words = [rows[:, None], by_column[None, :], p, limits[:, None]]
         x = gl.inline_asm_elementwise(BEYOND, "=f,r,r,f,f", words, dtype=gl.float32, is_pure=True, pack=1)
-        return block_bits(x, gl.full([HALF], 1.0e-37, gl.float32, limit.type.layout))
+        return block_bits(x, gl.full([BAND], 1.0e-37, gl.float32, limit.type.layout))
 
 
 @gluon.jit
-def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer: softmax and record of its rows over column tiles first to last."""
     (
         left, right, full, free, targets, bias, bounds, partial, target_logit, record, hits, seed, block, split, first,
         last, n, v, d, first_id, splits, scale, softcap, log_eps,
     ) = shared  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    layout: gl.constexpr = accumulator(CONSUMERS)
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     each_thread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    rows = block * ROWS + WHICH * HALF + gl.arange(0, HALF, by_row)
+    rows = (block * CONSUMERS + WHICH) * BAND + gl.arange(0, BAND, by_row)
     inside = rows < n
     target = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32)
     known = gl.load(bounds + rows, mask=inside, other=0.0)
@@ -88,18 +91,18 @@ def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
     words_of_rows = row_word(
         (value & 0xFFFFFFFF).to(gl.uint32), ((value >> 32) & 0xFFFFFFFF).to(gl.uint32), rows.to(gl.uint32)
     )
-    m = gl.full([HALF], float("-inf"), gl.float32, by_row)
-    s = gl.zeros([HALF], gl.float32, by_row)
+    m = gl.full([BAND], float("-inf"), gl.float32, by_row)
+    s = gl.zeros([BAND], gl.float32, by_row)
     count = 0
     for tile in range(first, last):
         beyond_room = gl.load(hits + gl.zeros([128], gl.int32, each_thread), volatile=True)
-        acc, count = logits_half(left, right, full, free, count, d, layout, WHICH, STAGES)
+        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
         z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
         m, s, reference, _, p = online_softmax_update(m, s, z, gl.max(z, 1), scale)
         lowest = gl.maximum(known, m * scale + gl.log2(s)) + log_eps
         if gl.max(beyond_room, 0) > 0:  # one answer for all threads, which read at different times
             blocks = gl.minimum((v - tile * COLUMNS + 15) // 16, BLOCKS)
-            bits = gl.full([HALF], 1, gl.int32, by_row) * ((1 << blocks) - 1)
+            bits = gl.full([BAND], 1, gl.int32, by_row) * ((1 << blocks) - 1)
         else:
             if FLAGS[2]:
                 limit = gl.exp2(gl.minimum(lowest - reference, 120.0))  # no p reaches 2^120 u
@@ -116,7 +119,7 @@ def hits_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
 @entry
 @gluon.jit
 def hopper_hits_kernel(
-    e,  # (N, D) descriptor, tiles (128, 64)
+    e,  # (N, D) descriptor, tiles (64, 64)
     c,  # (V, D) descriptor, tiles (256, 64)
     bias,  # (V,) or unused
     targets,  # (N,) int64
@@ -134,11 +137,11 @@ def hopper_hits_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, STAGES)
-    full, free = barriers(STAGES)
+    left, right = operands(e, c, CONSUMERS, STAGES)
+    full, free = barriers(CONSUMERS, STAGES)
     n, v, d, first_id = shape
     softcap, scale, log_eps = scalars
-    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
+    block, split = place_of(gl.program_id(0), (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND), splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -146,18 +149,13 @@ def hopper_hits_kernel(
         left, right, full, free, targets, bias, bounds, partial, target_logit, record, hits, seed, block, split, first,
         last, n, v, d, first_id, splits, scale, softcap, log_eps,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (hits_half, (shared, FLAGS, STAGES, gl.constexpr(0))),
-            (hits_half, (shared, FLAGS, STAGES, gl.constexpr(1))),
-            (
-                copy_tiles,
-                (e, c, left, right, full, free, first, last, one, block, one, one, d, targets, False, GROUP, STAGES),
-            ),
-        ],
-        [4, 4],
-        [240, 24],
-    )
+    specialize(
+        hits_band, (shared, FLAGS, STAGES), CONSUMERS, copy_tiles,
+        (
+            e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
+            CONSUMERS, STAGES,
+        ),
+    )  # fmt: skip
 
 
 def launch_hits(
@@ -174,8 +172,8 @@ def launch_hits(
     """Fills record and outputs as the forward walk of hits.hits_kernel does."""
     partial, target_logit, hits = outputs
     n = problem.n
-    hopper_hits_kernel[((n + 127) // 128 * splits[0],)](
-        describe(problem.e, 128, 64),
+    hopper_hits_kernel[(cdiv(n, 128) * splits[0],)](
+        describe(problem.e, 64, 64),
         describe(problem.c, 256, 64),
         bounds if problem.bias is None else problem.bias,
         problem.targets,

@@ -1,9 +1,9 @@
 """The two unfiltered products of the backward pass for Hopper (sm_90), in one launch, warp-specialised like hopper.py.
 
-A unit is a 128 x 256 tile of dC (dZ^T E over the tokens) or of dE (dZ C over the columns of the run). Both kinds share
+A unit is a 192 x 256 tile of dC (dZ^T E over the tokens) or of dE (dZ C over the columns of the run). Both kinds share
 the waves of one persistent launch, so that neither leaves multiprocessors idle at its end. dC leaves finished: the
 target's terms are added in fp32, the sum is scaled and rounded once. dE is added to fp32 sums. While one consumer
-finishes its half of a tile, the other multiplies. Every sum has one order: bitwise repeatable.
+finishes its third of a tile, the others multiply. Every sum has one order: bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin, ir
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -24,37 +22,48 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .dz import low_of
 from .entry import Tiles, entry
-from .hopper import barriers, describe, halves
-from .hopper_dz import store_half
-from .launch import descriptor_fits, hopper_fits, multiprocessors
-from .schedule import schedule
-from .terms import TokensByTarget
+from .hopper import BAND, accumulator, barriers, describe, expect, specialize
+from .hopper_store import WRITTEN, write
+from .labels import SHORT, Labels
+from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors
+from .schedule import PRODUCT_ROWS, schedule
 
-__all__ = ["Columns", "Labels", "add_products", "products_fit"]
+__all__ = ["Columns", "add_products", "products_fit"]
 
-OWN = gl.constexpr(128)  # rows of a tile, of dC or dE
-HALF = gl.constexpr(64)  # rows of one consumer
+CONSUMERS = gl.constexpr(PRODUCT_ROWS // 64)
 FEATURES = gl.constexpr(256)  # columns of a tile
 DEPTH = gl.constexpr(64)  # tokens or columns of one step
-TOKENS = gl.constexpr(8)  # label terms in flight together
+TOKENS = gl.constexpr(SHORT)  # label terms in flight together
 NO_ROW = gl.constexpr(2**31 - 1)
+SUMS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 
 
 @gluon.jit
 def copy_unit(
-    dz, other, left, right, full, free, step, length, row, feature, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr
+    dz,
+    other,
+    left,
+    right,
+    full,
+    free,
+    step,
+    length,
+    row,
+    feature,
+    TRANSPOSED: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """The producer's part in one sum: dZ in two halves of 64 rows of the output, and as many rows of e or c."""
+    """The producer's part in one sum: dZ in bands of 64 rows of the output, and as many rows of e or c."""
     for at in range(0, length, DEPTH):
         stage = step % STAGES
         mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), 2 * dz.block_type.nbytes + other.block_type.nbytes)
-        for which in gl.static_range(2):
-            half = left.index(stage * 2 + which)
+        expect(full.index(stage), CONSUMERS * dz.block_type.nbytes + other.block_type.nbytes)
+        for which in gl.static_range(CONSUMERS):
+            band = left.index(stage * CONSUMERS + which)
             if TRANSPOSED:
-                tma.async_copy_global_to_shared(dz, [at, row + which * HALF], full.index(stage), half)
+                tma.async_copy_global_to_shared(dz, [at, row + which * BAND], full.index(stage), band)
             else:
-                tma.async_copy_global_to_shared(dz, [row + which * HALF, at], full.index(stage), half)
+                tma.async_copy_global_to_shared(dz, [row + which * BAND, at], full.index(stage), band)
         tma.async_copy_global_to_shared(other, [at, feature], full.index(stage), right.index(stage))
         step += 1
     return step
@@ -98,7 +107,7 @@ def copy_operands(
     step = 0
     for turn in range(turns):
         unit = unit_of(turn, own, early, ahead, remainder)
-        row, feature = unit // across * OWN, unit % across * FEATURES
+        row, feature = unit // across * (CONSUMERS * BAND), unit % across * FEATURES
         if (turn < own) == rows_first:
             if SPLIT:
                 step = copy_unit(dz_low, c, left, right, full, free, step, width, row, feature, False, STAGES)
@@ -110,28 +119,27 @@ def copy_operands(
 
 
 @gluon.jit
-def product_half(
+def product_band(
     left,
     right,
     full,
     free,
     step,
     length,
-    layout: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     SPLIT: gl.constexpr,
-    WHICH: gl.constexpr,
     STAGES: gl.constexpr,
+    WHICH: gl.constexpr,
 ):
     """One consumer's (64, 256) sum in fp32, what rounding dZ lost first, and the steps taken so far."""
-    acc = gl.zeros([HALF, FEATURES], gl.float32, layout)
+    acc = gl.zeros([BAND, FEATURES], gl.float32, accumulator(CONSUMERS))
     steps = (length + DEPTH - 1) // DEPTH
     if SPLIT:
         steps *= 2
     for k in range(steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        a = left.index(stage * 2 + WHICH)
+        a = left.index(stage * CONSUMERS + WHICH)
         if TRANSPOSED:
             a = a.permute((1, 0))
         acc = warpgroup_mma(a, right.index(stage), acc, is_async=True)
@@ -144,89 +152,76 @@ def product_half(
 
 
 @gluon.jit
-def add_labels(acc, e, tokens, starts, targets, label, position, feature, v, d, layout: gl.constexpr):
-    """acc plus label_i e_i of the tokens whose target is one of the 64 columns from `position`, in fp32, in order."""
+def add_labels(acc, labels, at, end, position, feature, v, d, layout: gl.constexpr):
+    """acc plus label_i e_i of the tokens whose target is one of the 64 columns from `position`, in fp32, by rising
+    target: those of a long segment as their sum, see labels.py. at, end: places of the first and after the last.
+    """
+    e, targets, label, tokens, starts, sums = labels
     by_row: gl.constexpr = gl.SliceLayout(1, layout)
     by_column: gl.constexpr = gl.SliceLayout(0, layout)
     spread: gl.constexpr = gl.BlockedLayout([TOKENS, 2], [1, 32], [1, 4], [1, 0])
-    columns = position + gl.arange(0, HALF, by_row)
+    columns = position + gl.arange(0, BAND, by_row)
     features = feature + gl.arange(0, FEATURES, gl.SliceLayout(0, spread))
-    last = gl.load(starts + gl.minimum(position + HALF, v))
-    for at in range(gl.load(starts + gl.minimum(position, v)), last, TOKENS):
-        place = at + gl.arange(0, TOKENS, gl.SliceLayout(1, spread))
-        inside = place < last
-        token = gl.load(tokens + place, mask=inside, other=0)
-        column = gl.load(targets + token, mask=inside, other=NO_ROW).to(gl.int32)
-        x = gl.load(label + token, mask=inside, other=0.0)
-        own = inside[:, None] & (features < d)[None, :]
-        term = gl.load((e + token * d)[:, None] + features[None, :], mask=own, other=0.0)
-        term = x[:, None] * term.to(gl.float32)
-        next_column = gl.min(column, 0)
-        while next_column != NO_ROW:
-            same = column == next_column
-            value = gl.convert_layout(gl.sum(gl.where(same[:, None], term, 0.0), 0), by_column)
-            acc = gl.where((columns == next_column)[:, None], acc + value[None, :], acc)
-            column = gl.where(same, NO_ROW, column)
+    first = gl.load(starts + gl.minimum(columns, v), mask=at < end, other=0)
+    last = gl.load(starts + gl.minimum(columns + 1, v), mask=at < end, other=0)
+    long = last - first > TOKENS
+    while at < end:
+        begins = long & (first == at)
+        after = gl.max(gl.where(begins, last, 0), 0)
+        if after > 0:
+            value = gl.load(sums + at.to(gl.int64) // TOKENS * d + features, mask=features < d, other=0.0)
+            acc = gl.where(begins[:, None], acc + gl.convert_layout(value, by_column)[None, :], acc)
+            at = after
+        else:
+            after = gl.min(gl.where(long & (first > at), first, end), 0)
+            after = gl.minimum(after, at + TOKENS)
+            place = at + gl.arange(0, TOKENS, gl.SliceLayout(1, spread))
+            inside = place < after
+            token = gl.load(tokens + place, mask=inside, other=0)
+            column = gl.load(targets + token, mask=inside, other=NO_ROW).to(gl.int32)
+            x = gl.load(label + token, mask=inside, other=0.0)
+            own = inside[:, None] & (features < d)[None, :]
+            term = gl.load((e + token * d)[:, None] + features[None, :], mask=own, other=0.0)
+            term = x[:, None] * term.to(gl.float32)
             next_column = gl.min(column, 0)
+            while next_column != NO_ROW:
+                same = column == next_column
+                value = gl.convert_layout(gl.sum(gl.where(same[:, None], term, 0.0), 0), by_column)
+                acc = gl.where((columns == next_column)[:, None], acc + value[None, :], acc)
+                column = gl.where(same, NO_ROW, column)
+                next_column = gl.min(column, 0)
+            at = after
     return acc
 
 
-@builtin
-def async_add_shared_to_global(descriptor, place, source, _semantic=None):  # type: ignore[no-untyped-def]
-    """tma.async_copy_shared_to_global that adds: the bulk copy engine's reduction, rounded to nearest.
-
-    One launch adds to an element once, so the order of the sum is that of the launches.
-    """
-    place = _semantic._convert_to_ir_values(place, require_i64=False)
-    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, place, source.handle)
-
-
 @gluon.jit
-def add_quarter(buffer, sums, part, row, feature):
-    """A quarter of a tile through its buffer, once the copy before the last has left it."""
-    tma.store_wait(1)
-    gl.thread_barrier()
-    buffer.store(part)
-    fence_async_shared()
-    gl.thread_barrier()
-    async_add_shared_to_global(sums, [row, feature], buffer)
-
-
-@gluon.jit
-def add_to_sums(staging, sums, acc, row, feature, WHICH: gl.constexpr):
-    """sums[row : row + 64, feature : feature + 256] (fp32) += acc."""
-    buffers = staging.index(WHICH)._reinterpret(gl.float32, [2, HALF, FEATURES // 4], sums.layout)
-    tma.store_wait(0)  # of the tile before, which may have been one of dC
-    left, right = halves(acc)
-    parts = halves(left) + halves(right)
-    for i in gl.static_range(4):
-        add_quarter(buffers.index(i % 2), sums, parts[i], row, feature + i * (FEATURES // 4))
-
-
-@gluon.jit
-def multiply_half(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer: 64 rows of every tile of its program."""
     (
-        left, right, full, free, staging, out, sum_e, e_rows, tokens, starts, targets, label, scale, shape,
+        left, right, full, free, staging, out, sum_e, labels, scale, shape,
         across, turns, own, early, ahead, remainder, rows_first,
     ) = shared  # fmt: skip
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    layout: gl.constexpr = accumulator(CONSUMERS)
+    sums = staging._reinterpret(gl.float32, [2 * CONSUMERS, BAND, staging.shape[2] // 2], SUMS_LAYOUT)
     n, width, d, start, v = shape
+    if FLAGS[0]:
+        factor = gl.load(scale)
     step = 0
     for turn in range(turns):
         unit = unit_of(turn, own, early, ahead, remainder)
-        block, tile = unit // across, unit % across
-        row, feature = block * OWN + WHICH * HALF, tile * FEATURES
+        row, feature = (unit // across * CONSUMERS + WHICH) * BAND, unit % across * FEATURES
         if (turn < own) == rows_first:
             if FLAGS[3]:
-                acc, step = product_half(left, right, full, free, step, width, layout, False, FLAGS[1], WHICH, STAGES)
-                add_to_sums(staging, sum_e, acc, row, feature, WHICH)
+                acc, step = product_band(left, right, full, free, step, width, False, FLAGS[1], STAGES, WHICH)
+                write(sums, sum_e, acc, row, feature, True, WHICH)
         elif FLAGS[0]:
-            acc, step = product_half(left, right, full, free, step, n, layout, True, FLAGS[1], WHICH, STAGES)
             if FLAGS[2]:
-                acc = add_labels(acc, e_rows, tokens, starts, targets, label, start + row, feature, v, d, layout)
-            store_half(staging, out, (acc * gl.load(scale)).to(out.dtype), block, tile, WHICH)
+                first = gl.load(labels[4] + gl.minimum(start + row, v))
+                last = gl.load(labels[4] + gl.minimum(start + row + BAND, v))
+            acc, step = product_band(left, right, full, free, step, n, True, FLAGS[1], STAGES, WHICH)
+            if FLAGS[2]:
+                acc = add_labels(acc, labels, first, last, start + row, feature, v, d, layout)
+            write(staging, out, (acc * factor).to(out.dtype), row, feature, False, WHICH)
     tma.store_wait(0)
 
 
@@ -237,13 +232,9 @@ def hopper_product_kernel(
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     e,  # (N, D) descriptor, tiles (64, 256)
     c,  # (W, D) descriptor, tiles (64, 256)
-    out,  # (W, D) descriptor, tiles (64, 256): dC of the run; or unused
-    sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles (64, 64); or unused
-    e_rows,  # (N, D) contiguous: e of the labels' terms
-    tokens,  # (N,) int64 sorted by target
-    starts,  # (V + 1,) int32
-    targets,  # (N,) int64
-    label,  # (N,) fp32
+    out,  # (W, D) descriptor, tiles of hopper_store.py: dC of the run; or unused
+    sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles of half as many columns; or unused
+    labels,  # Labels.tensors, or six unused
     scale,  # () fp32
     active,  # () int32: 0 where nothing is to be done, else 1; or unused
     shape,  # (N, W, D, position of the first column, V)
@@ -254,10 +245,10 @@ def hopper_product_kernel(
     FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active)
     STAGES: gl.constexpr,
 ):
-    left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, DEPTH], dz.layout)
+    left = gl.allocate_shared_memory(dz.dtype, [CONSUMERS * STAGES, BAND, DEPTH], dz.layout)
     right = gl.allocate_shared_memory(e.dtype, [STAGES, DEPTH, FEATURES], e.layout)
-    staging = gl.allocate_shared_memory(out.dtype, [2, HALF, FEATURES], out.layout)
-    full, free = barriers(STAGES)
+    staging = gl.allocate_shared_memory(out.dtype, [2 * CONSUMERS, BAND, out.block_type.shape[1]], out.layout)
+    full, free = barriers(CONSUMERS, STAGES)
     n, width, d, start, v = shape
     across = (d + FEATURES - 1) // FEATURES
     program, programs = gl.program_id(0), gl.num_programs(0)
@@ -270,54 +261,16 @@ def hopper_product_kernel(
         turns *= gl.load(active)
     rows_first = rows_first != 0
     shared = (
-        left, right, full, free, staging, out, sum_e, e_rows, tokens, starts, targets, label, scale, shape,
+        left, right, full, free, staging, out, sum_e, labels, scale, shape,
         across, turns, own, early, ahead, remainder, rows_first,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (multiply_half, (shared, FLAGS, STAGES, gl.constexpr(0))),
-            (multiply_half, (shared, FLAGS, STAGES, gl.constexpr(1))),
-            (
-                copy_operands,
-                (
-                    dz,
-                    dz_low,
-                    e,
-                    c,
-                    left,
-                    right,
-                    full,
-                    free,
-                    n,
-                    width,
-                    across,
-                    turns,
-                    own,
-                    early,
-                    ahead,
-                    remainder,
-                    rows_first,
-                    gl.constexpr(FLAGS[1]),
-                    STAGES,
-                ),
-            ),
-        ],
-        [4, 4],
-        [240, 24],
-    )
-
-
-SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The target's terms of dC, label_i e_i, kept out of the operand."""
-
-    e: Tensor  # (N, D) contiguous
-    targets: Tensor  # (N,) int64
-    label: Tensor  # (N,) fp32
-    segments: TokensByTarget
+    specialize(
+        multiply_band, (shared, FLAGS, STAGES), CONSUMERS, copy_operands,
+        (
+            dz, dz_low, e, c, left, right, full, free, n, width, across, turns, own, early, ahead, remainder,
+            rows_first, gl.constexpr(FLAGS[1]), STAGES,
+        ),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -351,8 +304,8 @@ def add_products(
     n, width = dz.shape
     d = e.shape[1]
     across = -(-d // 256)
-    units_c = 0 if columns is None else -(-width // 128) * across
-    units_e = 0 if sum_e is None else -(-n // 128) * across
+    units_c = 0 if columns is None else cdiv(width, PRODUCT_ROWS) * across
+    units_e = 0 if sum_e is None else cdiv(n, PRODUCT_ROWS) * across
     plan = schedule(n, width, units_c, units_e, multiprocessors(e.device))
     own_units, other_units = (units_e, units_c) if plan.rows_first else (units_c, units_e)
     labels = None if columns is None else columns.labels
@@ -363,13 +316,9 @@ def add_products(
         unused if low is None else describe(low, 64, 64),
         describe(e, 64, 256),
         describe(c, 64, 256),
-        describe(e if columns is None else columns.out, 64, 256),
-        unused if sum_e is None else Tiles(sum_e, (64, 64), SUMS_LAYOUT),
-        unused if labels is None else labels.e,
-        unused if labels is None else labels.segments.tokens,
-        unused if labels is None else labels.segments.starts,
-        unused if labels is None else labels.targets,
-        unused if labels is None else labels.label,
+        describe(e if columns is None else columns.out, 64, WRITTEN),
+        unused if sum_e is None else Tiles(sum_e, (64, WRITTEN // 2), SUMS_LAYOUT.value),
+        (unused,) * 6 if labels is None else labels.tensors,
         unused if columns is None else columns.scale,
         unused if active is None else active,
         (n, width, d, *positions),

@@ -148,7 +148,7 @@ def hopper_tile_product_kernel(
 ):
     left = gl.allocate_shared_memory(dz.dtype, [2 * STAGES, HALF, HALF], dz.layout)
     right = gl.allocate_shared_memory(other.dtype, [STAGES, HALF, FEATURES], other.layout)
-    full, free = barriers(STAGES)
+    full, free = barriers(2, STAGES)
     owner = gl.program_id(0)
     first = gl.program_id(1) * FEATURES
     shared = (

@@ -30,6 +30,7 @@ from ..numerics import Operand
 from ..problem import Heads, Plan, Problem
 from .dense import accumulate_product, slices
 from .entry import entry
+from .labels import Labels, sums_size
 from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors, next_power_of_2
 from .one_pass_rows import Rows, fill_powers, finish_rows, plain_terms, weighted_rows
 from .schedule import WIDEST, best_width
@@ -99,7 +100,7 @@ def keeps_powers(problem: Problem, plan: Plan) -> bool:
         return False
     n, v, d, runs = problem.n, problem.v, problem.d, Runs.of(problem)
     sums = 4 * d * min(v, WIDEST) if _by_library(problem) else 0
-    backward = 6 * n * d + sums + 2 * (n + v) * d
+    backward = 6 * n * d + sums_size(n, d) + sums + 2 * (n + v) * d
     forward = 2 * n * d + 16 * n * (v // 256 + 1)
     return 2 * runs.count * runs.rows * runs.columns + max(forward, backward) <= room
 
@@ -261,16 +262,17 @@ def _products(problem: Problem, left: Unfinished, factor: Tensor, need_e: bool, 
     library = _by_library(problem)
     sums = torch.empty((min(v, WIDEST), d) if library and d_c is not None else 0, dtype=torch.float32, device=e.device)
     width = min(runs.columns, WIDEST)
+    labels = None
+    if segments is not None and not library:
+        labels = Labels.of(e, problem.targets, left.label, segments)
     for run in slices(v, width):
         start = run.start
         powers = left.powers.view(runs.count, runs.rows, runs.columns)[start // runs.columns, :n]
         powers = powers[:, start % runs.columns :][:, : run.stop - start]
         if not library:
-            from .hopper_product import Columns, Labels, add_products
+            from .hopper_product import Columns, add_products
 
-            columns = None
-            if d_c is not None and segments is not None:
-                columns = Columns(d_c[run], factor, Labels(e, problem.targets, left.label, segments), start)
+            columns = None if d_c is None else Columns(d_c[run], factor, labels, start)
             add_products([powers], rows, c[run], columns, total if need_e else None)
             continue
         if need_e:

@@ -8,10 +8,21 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["WIDEST", "Schedule", "best_width", "schedule"]
+__all__ = ["DZ_ROWS", "PRODUCT_ROWS", "WIDEST", "Schedule", "best_width", "consumers_of", "schedule"]
 
 WIDEST = 16384  # columns a run: tensor cores truncate, and the error of a longer sum would show beside dZ's rounding
-_BETWEEN = 1024  # depth that a tile would have in the time of two launches' starts and ends
+DZ_ROWS, PRODUCT_ROWS = 128, 192  # of a tile of dZ, and of the products
+_BETWEEN = 128 * 1024  # depth times rows that a tile would have in the time of two launches' starts and ends
+
+
+@functools.cache
+def consumers_of(n: int, splits: int, multiprocessors: int) -> int:
+    """Warpgroups of 64 tokens each that a program of the forward pass has: those with which it ends soonest."""
+
+    def time(consumers: int) -> int:
+        return -(-(-(-n // (64 * consumers)) * splits) // multiprocessors) * consumers
+
+    return min((3, 2), key=time)
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,21 @@ def best_width(
     """Columns a run, at most `most` and a multiple of 256: those with which dZ and the products `wanted` (of e, of c)
     end soonest. `tight`: of those widths whose last run is so full that all runs together have few columns more than v.
 
-    Time is the depth of the tiles that one multiprocessor computes after another: `_BETWEEN` stands for the gaps
-    between launches. Of equal times the widest run.
+    Time is the depth of the tiles that one multiprocessor computes after another, times their rows: `_BETWEEN`
+    stands for the gaps between launches. Of equal times the widest run.
     """
-    blocks, across = -(-n // 128), -(-d // 256)
-    units_e = blocks * across if wanted[0] else 0
+    blocks, across = -(-n // DZ_ROWS), -(-d // 256)
+
+    def units(rows: int, asked: bool) -> int:
+        return -(-rows // PRODUCT_ROWS) * across if asked else 0
+
+    units_e = units(n, wanted[0])
 
     def run(width: int) -> int:
-        units_c = -(-width // 128) * across if wanted[1] else 0
+        units_c = units(width, wanted[1])
         products = schedule(n, width, units_c, units_e, multiprocessors).time if units_c + units_e else 0
-        return -(-blocks * -(-width // 256) // multiprocessors) * d + parts * products + _BETWEEN
+        rounds = -(-blocks * -(-width // 256) // multiprocessors)
+        return DZ_ROWS * rounds * d + PRODUCT_ROWS * parts * products + _BETWEEN
 
     def total(width: int) -> int:
         full, rest = divmod(v, width)
