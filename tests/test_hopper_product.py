@@ -15,7 +15,8 @@ from cce_precision.problem import Plan, Problem, Upstream
 
 pytest.importorskip("triton")
 from cce_precision.kernels import dense
-from cce_precision.kernels.schedule import PRODUCT_ROWS, best_width, consumers_of, schedule
+from cce_precision.kernels.labels import sums_size
+from cce_precision.kernels.schedule import PRODUCT_ROWS, best_width, schedule
 
 H200 = 132  # multiprocessors
 
@@ -59,14 +60,6 @@ def test_widths_fill_the_multiprocessors() -> None:
     assert (width // 256 * 64) % H200 == 0
     even = (units_c * 8192 + units_e * width) / H200
     assert schedule(8192, width, units_c, units_e, H200).time <= 1.02 * even
-
-
-def test_consumers_of_the_forward_pass() -> None:
-    """Three where their higher tiles fill the multiprocessors as well: 43 blocks x 12 splits in four waves of 132."""
-    assert consumers_of(8192, 12, H200) == 3 and consumers_of(128, 12, H200) == 2
-    for n in range(1, 20_000, 61):
-        rounds = {k: -(-(-(-n // (64 * k)) * 12) // H200) * k for k in (2, 3)}
-        assert rounds[consumers_of(n, 12, H200)] == min(rounds.values())
 
 
 def problem_of(n: int, v: int, d: int, dtype: torch.dtype, hot: bool) -> Problem:
@@ -119,7 +112,8 @@ def test_library_agrees(
     problem = problem_of(*shape, dtype, hot)
     assert dense.finished_by_hopper(problem, Plan(variants.get(impl)))
     n, _, d = shape
-    least = -(-(6 * n * d + 1024 * n) // 2**20)  # MiB of a copy of e, the sums of dE and 256 columns of a pair
+    size = 6 * n * d + sums_size(n, d) + 1024 * n  # a copy of e, the sums of dE and of labels, 256 columns of a pair
+    least = -(-size // 2**20)
     ours = gradients(problem, impl, least)
     again = gradients(problem, impl, least)
     halves = gradients(problem, impl, least, (True, False)) + gradients(problem, impl, least, (False, True))

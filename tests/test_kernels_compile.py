@@ -362,11 +362,10 @@ DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, spl
 )
 @pytest.mark.parametrize(
     "which",
-    ["forward", "forward 3", "forward bias 3", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS]
-    + ["input", "kahan"],
+    ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS] + ["input", "kahan"],
 )
 def test_warp_specialised_kernels(which: str) -> None:
-    """Two consumers of 240 registers a thread, 168 on average; three of 160, which put little by, once a tile."""
+    """Two consumers of 240 registers a thread: 168 on average."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from cce_precision.kernels import hopper, hopper_dz, hopper_tiles
@@ -393,15 +392,14 @@ def test_warp_specialised_kernels(which: str) -> None:
             "scale": "fp32",
             "softcap": "fp32",
             "threshold": "fp32",
-            "FLAGS": Constant(("softcap" in which or "bias" in which, "softcap" in which, "record" in which)),
-            "CONSUMERS": Constant(3 if "3" in which else 2),
+            "FLAGS": Constant(("softcap" in which, "softcap" in which, "record" in which)),
             "STAGES": Constant(4),
         }
     elif which in DZ_FLAGS:
         kernel = hopper_dz.hopper_dz_kernel
         arguments = logits | {
-            "dz": hopper_matrix(64, 64),
-            "dz_low": hopper_matrix(64, 64) if DZ_FLAGS[which][6] else "*bf16",
+            "dz": hopper_matrix(64, 256),
+            "dz_low": hopper_matrix(64, 128) if DZ_FLAGS[which][6] else "*bf16",
             "rows_terms": FP32,
             "label": FP32,
             "bias": "*bf16",
@@ -414,7 +412,7 @@ def test_warp_specialised_kernels(which: str) -> None:
             "temperature": "fp32",
             "softcap": "fp32",
             "FLAGS": Constant(DZ_FLAGS[which]),
-            "STAGES": Constant(4),
+            "STAGES": Constant(3),
         }
     else:
         kernel = hopper_tiles.hopper_tile_product_kernel
@@ -440,7 +438,7 @@ def test_warp_specialised_kernels(which: str) -> None:
             "STAGES": Constant(4),
         }
     used = resources(GluonASTSource, kernel, arguments, "sm_90", num_warps=4)
-    spills = 96 if "3" in which else 64 if "softcap" in which or "filter" in which else 0
+    spills = 64 if "softcap" in which else 16  # once a tile, outside the loop over D
     assert used["in products"] == 0
     assert used["stack"] <= spills and used["registers"] <= 168 and used["shared"] <= SHARED["sm_90"], used
 

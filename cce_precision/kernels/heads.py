@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..problem import Heads, Plan, Problem
 from .entry import Tiles, entry
-from .launch import Config, cdiv, descriptor_fits, hopper_fits, multiprocessors, precision_of, tuned
+from .launch import Config, cdiv, descriptor_fits, hopper_fits, precision_of, tuned
 from .primitives import (
     LN2,
     LOG2E,
@@ -38,11 +38,10 @@ from .primitives import (
     wide,
 )
 from .record import first_bounds, record_shape, threshold
-from .schedule import consumers_of
 
 __all__ = ["forward"]
 
-MOST_SPLITS = 12
+MOST_SPLITS = 8
 _COLUMNS_A_SPLIT = 4096  # below this a split is not worth its prologue
 _FIELDS = tl.constexpr(6)  # maximum, sum, entropy sum, smooth offset, smooth sum, best logit
 _COMBINE_ROWS = 128
@@ -306,10 +305,7 @@ def _launch(problem: Problem, plan: Plan, heads: Heads, record: Tensor, config: 
         from .hopper import launch_forward
 
         outputs = (partial, target_logit, bounds, record)
-        busy = flags[1] or flags[6]  # what a tile takes beside its softmax does not fit the registers of three
-        consumers = 2 if busy else consumers_of(n, splits, multiprocessors(e.device))
-        group = config.group * consumers // 2
-        launch_forward(problem, outputs, tiles_a_split, scale, threshold(problem, plan), group, consumers)
+        launch_forward(problem, outputs, tiles_a_split, scale, threshold(problem, plan), config.group)
     else:
         forward_kernel[(cdiv(n, config.m) * splits,)](
             operand(e, [config.m, config.k], tma),

@@ -26,6 +26,8 @@ from .primitives import decay_of, either, reference_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
 BAND = gl.constexpr(64)  # rows of one consumer
+CONSUMERS = gl.constexpr(2)  # of the kernels that compute logits: what they do with them takes registers
+ROWS = gl.constexpr(128)  # of a tile of logits
 COLUMNS = gl.constexpr(256)
 DEPTH = gl.constexpr(64)  # features of one step
 
@@ -64,7 +66,7 @@ def accumulator(consumers):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def operands(e, c, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
+def operands(e, c, STAGES: gl.constexpr):
     """The ring's tiles of token rows, by consumer, and of columns."""
     left = gl.allocate_shared_memory(e.dtype, [CONSUMERS * STAGES, BAND, DEPTH], e.layout)
     right = gl.allocate_shared_memory(c.dtype, [STAGES, COLUMNS, DEPTH], c.layout)
@@ -100,7 +102,6 @@ def copy_tiles(
     chosen,
     CHOSEN: gl.constexpr,
     GROUP: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
@@ -128,7 +129,7 @@ def copy_tiles(
 
 
 @gluon.jit
-def logits_band(left, right, full, free, count, d, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def logits_band(left, right, full, free, count, d, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer's (64, 256) logits in fp32, and the steps taken so far."""
     acc = gl.zeros([BAND, COLUMNS], gl.float32, accumulator(CONSUMERS))
     for k in range(0, d, DEPTH):
@@ -210,7 +211,7 @@ def store_partial(partial, m, s, rows, inside, split, splits, n):
 
 
 @gluon.jit
-def softmax_band(shared, FLAGS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
     (
         left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
@@ -230,7 +231,7 @@ def softmax_band(shared, FLAGS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: g
     for tile in range(first, last):
         if FLAGS[2]:
             lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
-        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
+        acc, count = logits_band(left, right, full, free, count, d, STAGES, WHICH)
         z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
         columns = gl.arange(0, COLUMNS, by_column)
         highest = gl.max(z, 1)
@@ -269,12 +270,11 @@ def hopper_forward_kernel(
     threshold,
     FLAGS: gl.constexpr,  # (bias, softcap, record)
     GROUP: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, CONSUMERS, STAGES)
+    left, right = operands(e, c, STAGES)
     full, free = barriers(CONSUMERS, STAGES)
-    block, split = place_of(gl.program_id(0), (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND), splits, GROUP)
+    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -283,10 +283,10 @@ def hopper_forward_kernel(
         last, n, v, d, splits, scale, softcap, threshold,
     )  # fmt: skip
     specialize(
-        softmax_band, (shared, FLAGS, CONSUMERS, STAGES), CONSUMERS, copy_tiles,
+        softmax_band, (shared, FLAGS, STAGES), CONSUMERS, copy_tiles,
         (
             e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
-            CONSUMERS, STAGES,
+            STAGES,
         ),
     )  # fmt: skip
 
@@ -306,12 +306,11 @@ def launch_forward(
     scale: float,
     threshold: float,
     group: int,
-    consumers: int,
 ) -> None:
     """Fills outputs (partial, target_logit, bounds, record) as heads.forward_kernel does; an empty record is unused."""
     partial, target_logit, bounds, record = outputs
     splits, n = partial.shape[1:]
-    hopper_forward_kernel[(cdiv(n, 64 * consumers) * splits,)](
+    hopper_forward_kernel[(cdiv(n, 128) * splits,)](
         describe(problem.e, 64, 64),
         describe(problem.c, 256, 64),
         problem.targets,
@@ -330,7 +329,6 @@ def launch_forward(
         threshold,
         FLAGS=(problem.bias is not None, problem.softcap is not None, record.numel() > 0),
         GROUP=group,
-        CONSUMERS=consumers,
         STAGES=4,
         num_warps=4,
     )

@@ -14,7 +14,9 @@ from .entry import entry
 from .hopper import (
     BAND,
     COLUMNS,
+    CONSUMERS,
     LOG2E,
+    ROWS,
     accumulator,
     barriers,
     copy_tiles,
@@ -25,7 +27,7 @@ from .hopper import (
     specialize,
     tanh,
 )
-from .hopper_store import WRITTEN, write
+from .hopper_store import write
 from .launch import cdiv, multiprocessors
 from .record import units_of
 from .schedule import DZ_ROWS
@@ -33,8 +35,6 @@ from .terms import RowTerms
 
 if TYPE_CHECKING:
     from .dz import Outputs, Run
-
-CONSUMERS = gl.constexpr(DZ_ROWS // 64)
 
 
 @gluon.jit
@@ -66,6 +66,7 @@ def dz_band(
         if CHOSEN:
             code = gl.load(chosen + 1 + unit)
             block, tile = code // tiles, code % tiles
+        acc, count = logits_band(left, right, full, free, count, d, STAGES, WHICH)
         row = (block * CONSUMERS + WHICH) * BAND
         rows = row + gl.arange(0, BAND, by_row)
         inside = rows < n
@@ -74,7 +75,6 @@ def dz_band(
         local = gl.load(targets + rows, mask=inside, other=-1).to(gl.int32) - start - tile * COLUMNS
         hit = (local >= 0) & (local < COLUMNS)
         some_hit = gl.max(hit.to(gl.int32), 0) > 0  # few tiles hold a target
-        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
         columns = gl.arange(0, COLUMNS, by_column)
         if FLAGS[4]:
             at = tile * COLUMNS + columns
@@ -111,12 +111,12 @@ def dz_band(
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
         high = x.to(dz.dtype)
         if STATS:  # runs of columns below each other, each with N rounded up to 128 rows
-            run, height = (dz.shape[1] + COLUMNS - 1) // COLUMNS, blocks * (CONSUMERS * BAND)
-            write(out, dz, high, tile // run * height + row, tile % run * COLUMNS, False, WHICH)
+            run, height = (dz.shape[1] + COLUMNS - 1) // COLUMNS, blocks * ROWS
+            write(out, dz, high, tile // run * height + row, tile % run * COLUMNS, False, 2 * WHICH)
         else:
-            write(out, dz, high, row, tile * COLUMNS, False, WHICH)
+            write(out, dz, high, row, tile * COLUMNS, False, 2 * WHICH)
         if FLAGS[6]:
-            write(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), row, tile * COLUMNS, False, WHICH)
+            write(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), row, tile * COLUMNS, False, 2 * WHICH)
     tma.store_wait(0)
 
 
@@ -125,7 +125,7 @@ def dz_band(
 def hopper_dz_kernel(
     e,  # (N, D) descriptor, tiles (64, 64)
     c,  # (W, D) descriptor, tiles (256, 64)
-    dz,  # (N, W) descriptor, tiles of hopper_store.py; with statistics (runs x N rounded up to 128, columns of a run)
+    dz,  # (N, W) descriptor, tiles (64, 128); with statistics (runs x N rounded up to 128, columns of a run)
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     targets,  # (N,) int64
     rows_terms,  # (6, N) fp32
@@ -145,10 +145,10 @@ def hopper_dz_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, CONSUMERS, STAGES)
-    out = gl.allocate_shared_memory(dz.dtype, [2 * CONSUMERS, BAND, dz.block_type.shape[1]], dz.layout)
+    left, right = operands(e, c, STAGES)
+    out = gl.allocate_shared_memory(dz.dtype, [2 * CONSUMERS, BAND, COLUMNS // 2], dz.layout)
     full, free = barriers(CONSUMERS, STAGES)
-    blocks = (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND)
+    blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
     units = blocks * tiles
     if FLAGS[2]:
@@ -165,7 +165,7 @@ def hopper_dz_kernel(
         dz_band, (shared, FLAGS, GROUP, STAGES), CONSUMERS, copy_tiles,
         (
             e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, chosen, gl.constexpr(FLAGS[2]),
-            GROUP, CONSUMERS, STAGES,
+            GROUP, STAGES,
         ),
     )  # fmt: skip
 
@@ -199,8 +199,8 @@ def launch_dz(
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
         describe(e, 64, 64),
         describe(run.c, 256, 64),
-        describe(dz, 64, WRITTEN),
-        e if dz_low is None else describe(dz_low, 64, WRITTEN),
+        describe(dz, 64, 128),
+        e if dz_low is None else describe(dz_low, 64, 128),
         terms.targets,
         terms.terms,
         terms.label,
@@ -217,6 +217,6 @@ def launch_dz(
         float(problem.softcap or 1.0),
         FLAGS=flags,
         GROUP=group,
-        STAGES=4,
+        STAGES=3,
         num_warps=4,
     )

@@ -16,6 +16,8 @@ from .hits import how_many
 from .hopper import (
     BAND,
     COLUMNS,
+    CONSUMERS,
+    ROWS,
     accumulator,
     barriers,
     copy_tiles,
@@ -34,7 +36,6 @@ from .primitives import BEYOND, column_word, either, row_word
 
 __all__ = ["launch_hits"]
 
-CONSUMERS = gl.constexpr(2)
 BLOCKS = gl.constexpr(COLUMNS.value // 16)  # of a tile, a bit each
 
 
@@ -96,7 +97,7 @@ def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.const
     count = 0
     for tile in range(first, last):
         beyond_room = gl.load(hits + gl.zeros([128], gl.int32, each_thread), volatile=True)
-        acc, count = logits_band(left, right, full, free, count, d, CONSUMERS, STAGES, WHICH)
+        acc, count = logits_band(left, right, full, free, count, d, STAGES, WHICH)
         z, hit, local = without_target(acc, target, bias, target_logit, rows, tile, v, softcap, FLAGS, layout)
         m, s, reference, _, p = online_softmax_update(m, s, z, gl.max(z, 1), scale)
         lowest = gl.maximum(known, m * scale + gl.log2(s)) + log_eps
@@ -137,11 +138,11 @@ def hopper_hits_kernel(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right = operands(e, c, CONSUMERS, STAGES)
+    left, right = operands(e, c, STAGES)
     full, free = barriers(CONSUMERS, STAGES)
     n, v, d, first_id = shape
     softcap, scale, log_eps = scalars
-    block, split = place_of(gl.program_id(0), (n + CONSUMERS * BAND - 1) // (CONSUMERS * BAND), splits, GROUP)
+    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -153,7 +154,7 @@ def hopper_hits_kernel(
         hits_band, (shared, FLAGS, STAGES), CONSUMERS, copy_tiles,
         (
             e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
-            CONSUMERS, STAGES,
+            STAGES,
         ),
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .dz import low_of
 from .entry import Tiles, entry
 from .hopper import BAND, accumulator, barriers, describe, expect, specialize
-from .hopper_store import WRITTEN, write
+from .hopper_store import write
 from .labels import SHORT, Labels
 from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors
 from .schedule import PRODUCT_ROWS, schedule
@@ -202,7 +202,7 @@ def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.c
         across, turns, own, early, ahead, remainder, rows_first,
     ) = shared  # fmt: skip
     layout: gl.constexpr = accumulator(CONSUMERS)
-    sums = staging._reinterpret(gl.float32, [2 * CONSUMERS, BAND, staging.shape[2] // 2], SUMS_LAYOUT)
+    sums = staging._reinterpret(gl.float32, [2 * CONSUMERS, BAND, 32], SUMS_LAYOUT)
     n, width, d, start, v = shape
     if FLAGS[0]:
         factor = gl.load(scale)
@@ -213,7 +213,7 @@ def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.c
         if (turn < own) == rows_first:
             if FLAGS[3]:
                 acc, step = product_band(left, right, full, free, step, width, False, FLAGS[1], STAGES, WHICH)
-                write(sums, sum_e, acc, row, feature, True, WHICH)
+                write(sums, sum_e, acc, row, feature, True, 2 * WHICH)
         elif FLAGS[0]:
             if FLAGS[2]:
                 first = gl.load(labels[4] + gl.minimum(start + row, v))
@@ -221,7 +221,7 @@ def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.c
             acc, step = product_band(left, right, full, free, step, n, True, FLAGS[1], STAGES, WHICH)
             if FLAGS[2]:
                 acc = add_labels(acc, labels, first, last, start + row, feature, v, d, layout)
-            write(staging, out, (acc * factor).to(out.dtype), row, feature, False, WHICH)
+            write(staging, out, (acc * factor).to(out.dtype), row, feature, False, 2 * WHICH)
     tma.store_wait(0)
 
 
@@ -232,8 +232,8 @@ def hopper_product_kernel(
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     e,  # (N, D) descriptor, tiles (64, 256)
     c,  # (W, D) descriptor, tiles (64, 256)
-    out,  # (W, D) descriptor, tiles of hopper_store.py: dC of the run; or unused
-    sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles of half as many columns; or unused
+    out,  # (W, D) descriptor, tiles (64, 64): dC of the run; or unused
+    sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles (64, 32); or unused
     labels,  # Labels.tensors, or six unused
     scale,  # () fp32
     active,  # () int32: 0 where nothing is to be done, else 1; or unused
@@ -247,7 +247,7 @@ def hopper_product_kernel(
 ):
     left = gl.allocate_shared_memory(dz.dtype, [CONSUMERS * STAGES, BAND, DEPTH], dz.layout)
     right = gl.allocate_shared_memory(e.dtype, [STAGES, DEPTH, FEATURES], e.layout)
-    staging = gl.allocate_shared_memory(out.dtype, [2 * CONSUMERS, BAND, out.block_type.shape[1]], out.layout)
+    staging = gl.allocate_shared_memory(out.dtype, [2 * CONSUMERS, BAND, 64], out.layout)
     full, free = barriers(CONSUMERS, STAGES)
     n, width, d, start, v = shape
     across = (d + FEATURES - 1) // FEATURES
@@ -316,8 +316,8 @@ def add_products(
         unused if low is None else describe(low, 64, 64),
         describe(e, 64, 256),
         describe(c, 64, 256),
-        describe(e if columns is None else columns.out, 64, WRITTEN),
-        unused if sum_e is None else Tiles(sum_e, (64, WRITTEN // 2), SUMS_LAYOUT.value),
+        describe(e if columns is None else columns.out, 64, 64),
+        unused if sum_e is None else Tiles(sum_e, (64, 32), SUMS_LAYOUT.value),
         (unused,) * 6 if labels is None else labels.tensors,
         unused if columns is None else columns.scale,
         unused if active is None else active,

@@ -1,5 +1,5 @@
-"""How a consumer of the Hopper kernels writes its (64, 256) tile: by parts, through two buffers in shared memory that
-take turns, so that one fills while the bulk copy engine empties the other.
+"""How a consumer of the Hopper kernels writes its (64, 256) tile: by parts as wide as its two buffers in shared memory,
+of which one fills while the bulk copy engine empties the other.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .hopper import halves
 
-__all__ = ["WRITTEN", "write"]
-
-
-WRITTEN = 64  # columns of 16 bits of a buffer; of 32 bits half as many
+__all__ = ["write"]
 
 
 @builtin
@@ -29,17 +26,19 @@ def async_add_shared_to_global(descriptor, place, source, _semantic=None):  # ty
 
 
 @gluon.jit
-def write_part(buffers, matrix, value, row, column, ADD: gl.constexpr, FIRST: gl.constexpr, PLACE: gl.constexpr):
-    """`write` of what begins at the part `PLACE` of a tile, through buffers FIRST and FIRST + 1."""
+def write(buffers, matrix, value, row, column, ADD: gl.constexpr, FIRST: gl.constexpr, PART: gl.constexpr = 0):
+    """matrix[row : row + 64, column : ...] = value, or += value, through buffers FIRST and FIRST + 1: a tile has an
+    even number of parts, the first of them here PART. In the end wait for the last copies with tma.store_wait(0).
+    """
     width: gl.constexpr = buffers.shape[2]
+    half: gl.constexpr = value.shape[1] // 2
     if value.shape[1] > width:
         left, right = halves(value)
-        half: gl.constexpr = value.shape[1] // 2
-        write_part(buffers, matrix, left, row, column, ADD, FIRST, PLACE)
-        write_part(buffers, matrix, right, row, column + half, ADD, FIRST, PLACE + half // width)
+        write(buffers, matrix, left, row, column, ADD, FIRST, PART)
+        write(buffers, matrix, right, row, column + half, ADD, FIRST, PART + half // width)
     else:
-        buffer = buffers.index(FIRST + PLACE % 2)
-        tma.store_wait(1)  # of the copy before the last, which left this buffer: a tile has an even number of parts
+        buffer = buffers.index(FIRST + PART % 2)
+        tma.store_wait(1)  # until the copy before the last, which left this buffer, has ended
         gl.thread_barrier()
         buffer.store(value)
         fence_async_shared()
@@ -48,11 +47,3 @@ def write_part(buffers, matrix, value, row, column, ADD: gl.constexpr, FIRST: gl
             async_add_shared_to_global(matrix, [row, column], buffer)
         else:
             tma.async_copy_shared_to_global(matrix, [row, column], buffer)
-
-
-@gluon.jit
-def write(buffers, matrix, value, row, column, ADD: gl.constexpr, WHICH: gl.constexpr):
-    """matrix[row : row + 64, column : column + 256] = value, or += value, of consumer WHICH. buffers: (2 a consumer,
-    64, columns); in the end wait for the last copies with tma.store_wait(0).
-    """
-    write_part(buffers, matrix, value, row, column, ADD, 2 * WHICH, gl.constexpr(0))

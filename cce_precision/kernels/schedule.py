@@ -8,21 +8,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["DZ_ROWS", "PRODUCT_ROWS", "WIDEST", "Schedule", "best_width", "consumers_of", "schedule"]
+__all__ = ["DZ_ROWS", "PRODUCT_ROWS", "WIDEST", "Schedule", "best_width", "schedule"]
 
 WIDEST = 16384  # columns a run: tensor cores truncate, and the error of a longer sum would show beside dZ's rounding
 DZ_ROWS, PRODUCT_ROWS = 128, 192  # of a tile of dZ, and of the products
 _BETWEEN = 128 * 1024  # depth times rows that a tile would have in the time of two launches' starts and ends
-
-
-@functools.cache
-def consumers_of(n: int, splits: int, multiprocessors: int) -> int:
-    """Warpgroups of 64 tokens each that a program of the forward pass has: those with which it ends soonest."""
-
-    def time(consumers: int) -> int:
-        return -(-(-(-n // (64 * consumers)) * splits) // multiprocessors) * consumers
-
-    return min((3, 2), key=time)
 
 
 @dataclass(frozen=True)
