@@ -16,7 +16,7 @@ from cce_precision.problem import Plan, Problem, Upstream
 pytest.importorskip("triton")
 from cce_precision.kernels import dense
 from cce_precision.kernels.labels import sums_size
-from cce_precision.kernels.schedule import PRODUCT_ROWS, best_width, schedule
+from cce_precision.kernels.schedule import best_width, dealt, schedule
 
 H200 = 132  # multiprocessors
 
@@ -56,10 +56,19 @@ def test_schedule(n: int, width: int, units_c: int, units_e: int) -> None:
 def test_widths_fill_the_multiprocessors() -> None:
     """Gemma's head in 256 MB: 16 full waves of dZ, and products within a fiftieth of an even share."""
     width = best_width(8192, 256_000, 2304, 9472, 1, (True, True), H200)
-    units_c, units_e = -(-width // PRODUCT_ROWS) * 9, -(-8192 // PRODUCT_ROWS) * 9
+    deal = dealt(8192, width, 2304, (True, True), H200)
     assert (width // 256 * 64) % H200 == 0
-    even = (units_c * 8192 + units_e * width) / H200
-    assert schedule(8192, width, units_c, units_e, H200).time <= 1.02 * even
+    even = (deal.units_c * 8192 + deal.units_e * width) / H200
+    assert deal.rows == 192 and deal.schedule.time <= 1.02 * even
+
+
+def test_lower_tiles_where_they_fill_the_multiprocessors() -> None:
+    """16,384 tokens of 512 features and a short run: 172 tiles of 192 rows would take two rounds of 132, and so do 256
+    of 128 rows, in two thirds of the time.
+    """
+    deal = dealt(16_384, 256, 512, (True, False), H200)
+    assert (deal.rows, deal.units_e, deal.units_c) == (128, 256, 0)
+    assert deal.cost == 128 * 2 * 256 * 1.03 < 192 * 2 * 256
 
 
 def problem_of(n: int, v: int, d: int, dtype: torch.dtype, hot: bool) -> Problem:

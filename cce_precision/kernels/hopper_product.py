@@ -1,9 +1,10 @@
 """The two unfiltered products of the backward pass for Hopper (sm_90), in one launch, warp-specialised like hopper.py.
 
-A unit is a 192 x 256 tile of dC (dZ^T E over the tokens) or of dE (dZ C over the columns of the run). Both kinds share
-the waves of one persistent launch, so that neither leaves multiprocessors idle at its end. dC leaves finished: the
-target's terms are added in fp32, the sum is scaled and rounded once. dE is added to fp32 sums. While one consumer
-finishes its third of a tile, the others multiply. Every sum has one order: bitwise repeatable.
+A unit is a tile of dC (dZ^T E over the tokens) or of dE (dZ C over the columns of the run), 192 x 256 or, where so many
+fill the multiprocessors better, 128 x 256. Both kinds share the waves of one persistent launch, so that neither leaves
+multiprocessors idle at its end. dC leaves finished: the target's terms are added in fp32, the sum is scaled and rounded
+once. dE is added to fp32 sums. While one consumer finishes its 64 rows of a tile, the others multiply. Every sum has
+one order, whatever the height of the tiles: bitwise repeatable.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from .entry import Tiles, entry
 from .hopper import BAND, accumulator, barriers, describe, expect, specialize
 from .hopper_store import write
 from .labels import SHORT, Labels
-from .launch import cdiv, descriptor_fits, hopper_fits, multiprocessors
-from .schedule import PRODUCT_ROWS, schedule
+from .launch import descriptor_fits, hopper_fits, multiprocessors
+from .schedule import dealt
 
 __all__ = ["Columns", "add_products", "products_fit"]
 
-CONSUMERS = gl.constexpr(PRODUCT_ROWS // 64)
 FEATURES = gl.constexpr(256)  # columns of a tile
 DEPTH = gl.constexpr(64)  # tokens or columns of one step
 TOKENS = gl.constexpr(SHORT)  # label terms in flight together
@@ -51,6 +51,7 @@ def copy_unit(
     row,
     feature,
     TRANSPOSED: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The producer's part in one sum: dZ in bands of 64 rows of the output, and as many rows of e or c."""
@@ -101,6 +102,7 @@ def copy_operands(
     remainder,
     rows_first,
     SPLIT: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The producer: what the consumers multiply, in their order."""
@@ -110,12 +112,14 @@ def copy_operands(
         row, feature = unit // across * (CONSUMERS * BAND), unit % across * FEATURES
         if (turn < own) == rows_first:
             if SPLIT:
-                step = copy_unit(dz_low, c, left, right, full, free, step, width, row, feature, False, STAGES)
-            step = copy_unit(dz, c, left, right, full, free, step, width, row, feature, False, STAGES)
+                step = copy_unit(
+                    dz_low, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES
+                )
+            step = copy_unit(dz, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES)
         else:
             if SPLIT:
-                step = copy_unit(dz_low, e, left, right, full, free, step, n, row, feature, True, STAGES)
-            step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, STAGES)
+                step = copy_unit(dz_low, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES)
+            step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES)
 
 
 @gluon.jit
@@ -128,6 +132,7 @@ def product_band(
     length,
     TRANSPOSED: gl.constexpr,
     SPLIT: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     WHICH: gl.constexpr,
 ):
@@ -195,7 +200,7 @@ def add_labels(acc, labels, at, end, position, feature, v, d, layout: gl.constex
 
 
 @gluon.jit
-def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
+def multiply_band(shared, FLAGS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer: 64 rows of every tile of its program."""
     (
         left, right, full, free, staging, out, sum_e, labels, scale, shape,
@@ -212,13 +217,15 @@ def multiply_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.c
         row, feature = (unit // across * CONSUMERS + WHICH) * BAND, unit % across * FEATURES
         if (turn < own) == rows_first:
             if FLAGS[3]:
-                acc, step = product_band(left, right, full, free, step, width, False, FLAGS[1], STAGES, WHICH)
+                acc, step = product_band(
+                    left, right, full, free, step, width, False, FLAGS[1], CONSUMERS, STAGES, WHICH
+                )
                 write(sums, sum_e, acc, row, feature, True, 2 * WHICH)
         elif FLAGS[0]:
             if FLAGS[2]:
                 first = gl.load(labels[4] + gl.minimum(start + row, v))
                 last = gl.load(labels[4] + gl.minimum(start + row + BAND, v))
-            acc, step = product_band(left, right, full, free, step, n, True, FLAGS[1], STAGES, WHICH)
+            acc, step = product_band(left, right, full, free, step, n, True, FLAGS[1], CONSUMERS, STAGES, WHICH)
             if FLAGS[2]:
                 acc = add_labels(acc, labels, first, last, start + row, feature, v, d, layout)
             write(staging, out, (acc * factor).to(out.dtype), row, feature, False, 2 * WHICH)
@@ -243,6 +250,7 @@ def hopper_product_kernel(
     ahead,  # rounds of the other kind that programs with one long tile fewer take before the rest
     rows_first,  # 1: dE's tiles are the long ones
     FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active)
+    CONSUMERS: gl.constexpr,  # of 64 rows of a tile each
     STAGES: gl.constexpr,
 ):
     left = gl.allocate_shared_memory(dz.dtype, [CONSUMERS * STAGES, BAND, DEPTH], dz.layout)
@@ -265,10 +273,10 @@ def hopper_product_kernel(
         across, turns, own, early, ahead, remainder, rows_first,
     )  # fmt: skip
     specialize(
-        multiply_band, (shared, FLAGS, STAGES), CONSUMERS, copy_operands,
+        multiply_band, (shared, FLAGS, CONSUMERS, STAGES), CONSUMERS, copy_operands,
         (
             dz, dz_low, e, c, left, right, full, free, n, width, across, turns, own, early, ahead, remainder,
-            rows_first, gl.constexpr(FLAGS[1]), STAGES,
+            rows_first, gl.constexpr(FLAGS[1]), CONSUMERS, STAGES,
         ),
     )  # fmt: skip
 
@@ -303,15 +311,13 @@ def add_products(
     dz, low = operands[0], low_of(operands)
     n, width = dz.shape
     d = e.shape[1]
-    across = -(-d // 256)
-    units_c = 0 if columns is None else cdiv(width, PRODUCT_ROWS) * across
-    units_e = 0 if sum_e is None else cdiv(n, PRODUCT_ROWS) * across
-    plan = schedule(n, width, units_c, units_e, multiprocessors(e.device))
-    own_units, other_units = (units_e, units_c) if plan.rows_first else (units_c, units_e)
+    deal = dealt(n, width, d, (sum_e is not None, columns is not None), multiprocessors(e.device))
+    units = deal.units_e, deal.units_c
+    own_units, other_units = units if deal.schedule.rows_first else reversed(units)
     labels = None if columns is None else columns.labels
     positions = (0, 0) if columns is None or labels is None else (columns.start, labels.segments.starts.shape[0] - 1)
     unused = e
-    hopper_product_kernel[(min(units_c + units_e, multiprocessors(e.device)),)](
+    hopper_product_kernel[(min(sum(units), multiprocessors(e.device)),)](
         describe(dz, 64, 64),
         unused if low is None else describe(low, 64, 64),
         describe(e, 64, 256),
@@ -324,9 +330,10 @@ def add_products(
         (n, width, d, *positions),
         own_units,
         other_units,
-        plan.ahead,
-        int(plan.rows_first),
+        deal.schedule.ahead,
+        int(deal.schedule.rows_first),
         FLAGS=tuple(x is not None for x in (columns, low, labels, sum_e, active)),
+        CONSUMERS=deal.rows // 64,
         STAGES=3,
         num_warps=4,
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["DZ_ROWS", "PRODUCT_ROWS", "WIDEST", "Schedule", "best_width", "schedule"]
+__all__ = ["DZ_ROWS", "WIDEST", "Deal", "Schedule", "best_width", "dealt", "schedule"]
 
 WIDEST = 16384  # columns a run: tensor cores truncate, and the error of a longer sum would show beside dZ's rounding
-DZ_ROWS, PRODUCT_ROWS = 128, 192  # of a tile of dZ, and of the products
+DZ_ROWS = 128  # of a tile of dZ
+_PRODUCT_ROWS = {192: 1.0, 128: 1.03}  # of a tile of the products, and time a row: the lower needs more copies
 _BETWEEN = 128 * 1024  # depth times rows that a tile would have in the time of two launches' starts and ends
 
 
@@ -43,6 +44,33 @@ def schedule(n: int, width: int, units_c: int, units_e: int, multiprocessors: in
     return Schedule(rows_first, ahead, time(ahead))
 
 
+@dataclass(frozen=True)
+class Deal:
+    """The tiles of one launch of the products."""
+
+    rows: int  # of a tile
+    units_c: int  # tiles of dC
+    units_e: int  # tiles of dE
+    schedule: Schedule
+
+    @property
+    def cost(self) -> float:
+        """Time of the program that ends last, in depth times rows of a tile."""
+        return self.rows * self.schedule.time * _PRODUCT_ROWS[self.rows]
+
+
+@functools.cache
+def dealt(n: int, width: int, d: int, wanted: tuple[bool, bool], multiprocessors: int) -> Deal:
+    """The products `wanted` (of e, of c) of a run, by tiles of the height with which they end soonest."""
+    across = -(-d // 256)
+
+    def deal(rows: int) -> Deal:
+        units_e, units_c = (-(-size // rows) * across if asked else 0 for size, asked in zip((n, width), wanted))
+        return Deal(rows, units_c, units_e, schedule(n, width, units_c, units_e, multiprocessors))
+
+    return min(map(deal, _PRODUCT_ROWS), key=lambda deal: deal.cost)
+
+
 @functools.cache
 def best_width(
     n: int, v: int, d: int, most: int, parts: int, wanted: tuple[bool, bool], multiprocessors: int, tight: bool = False
@@ -53,20 +81,14 @@ def best_width(
     Time is the depth of the tiles that one multiprocessor computes after another, times their rows: `_BETWEEN`
     stands for the gaps between launches. Of equal times the widest run.
     """
-    blocks, across = -(-n // DZ_ROWS), -(-d // 256)
+    blocks = -(-n // DZ_ROWS)
 
-    def units(rows: int, asked: bool) -> int:
-        return -(-rows // PRODUCT_ROWS) * across if asked else 0
-
-    units_e = units(n, wanted[0])
-
-    def run(width: int) -> int:
-        units_c = units(width, wanted[1])
-        products = schedule(n, width, units_c, units_e, multiprocessors).time if units_c + units_e else 0
+    def run(width: int) -> float:
+        products = dealt(n, width, d, wanted, multiprocessors).cost if any(wanted) else 0
         rounds = -(-blocks * -(-width // 256) // multiprocessors)
-        return DZ_ROWS * rounds * d + PRODUCT_ROWS * parts * products + _BETWEEN
+        return DZ_ROWS * rounds * d + parts * products + _BETWEEN
 
-    def total(width: int) -> int:
+    def total(width: int) -> float:
         full, rest = divmod(v, width)
         return full * run(width) + (run(rest) if rest else 0)
 
