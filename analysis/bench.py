@@ -154,7 +154,7 @@ def provenance() -> Row:
 
         versions += f", triton {triton.__version__}"
     return {
-        "commit": git("describe", "--always", "--dirty", "--exclude=*") or os.environ.get("CCE_COMMIT", "unknown"),
+        "commit": os.environ.get("CCE_COMMIT") or git("describe", "--always", "--dirty", "--exclude=*") or "unknown",
         "versions": versions,
         "command": "cce-precision " + " ".join(sys.argv[1:]),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -179,9 +179,13 @@ def _write(out: Path, rows: list[Row]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "rows.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+    _tabulate(out, read(out))
+
+
+def _tabulate(out: Path, rows: list[Row]) -> None:
     import pandas as pd
 
-    pd.DataFrame(read(out)).to_parquet(out / "results.parquet", index=False)
+    pd.DataFrame(rows).to_parquet(out / "results.parquet", index=False)
 
 
 def run(plan: Plan, console: Any) -> int:
@@ -256,12 +260,13 @@ def verdict(rows: list[Row]) -> str:
 
 
 def draw(out: Path, console: Any) -> None:
-    """Draws the folder's page from its rows."""
+    """Draws the folder's table and page from its rows."""
     from cce_precision.analysis import bench_page
 
     if not (rows := read(out)):
         console.print(f"{out} holds no rows to draw")
         return
+    _tabulate(out, rows)
     console.print(f"{out / 'results.parquet'}; {bench_page.write(rows, out)}")
 
 

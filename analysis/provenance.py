@@ -25,8 +25,8 @@ def git(*args: str) -> str:
 
 
 def commit() -> str:
-    """The commit in short; where there is no git checkout that of the environment, CCE_COMMIT, or ""."""
-    return git("rev-parse", "--short", "HEAD") or os.environ.get("CCE_COMMIT", "")[:7]
+    """The commit in short: that of the environment, CCE_COMMIT, for a copy of a checkout, else git's or ""."""
+    return os.environ.get("CCE_COMMIT", "")[:7] or git("rev-parse", "--short", "HEAD")
 
 
 def _device() -> str:

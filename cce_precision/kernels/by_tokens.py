@@ -175,7 +175,8 @@ class Classifier:
                 start = run.stop
             del e, pool, place
         if start < v:
-            tokens, width = piece(n, v - start, room - 3 * Place.SLACK, entry, d * size, 4 * d)
+            room -= 3 * Place.SLACK + self.terms.terms.nbytes  # the chunks have copies of their terms
+            tokens, width = piece(n, v - start, room, entry, d * size, 4 * d)
             chunks = Chunk.of(problem, self.terms, tokens)
             most = tokens * (d * size + width * entry) + 4 * d * width + 3 * Place.SLACK
             place = torch.empty(most, dtype=torch.uint8, device=out.device)
