@@ -197,6 +197,9 @@ FOUND = {
         reduction="sum",
         z_loss=True,
     ),
+    "a product of bf16 on a CPU that takes subnormal numbers for 0": Knobs(
+        n=3, v=11, d=125, impl="baseline", pattern="subnormal"
+    ),
 }
 FOUND_IN_KERNELS = {
     "masked classes in the entropy's gradient: 0 times an overflow": Knobs(
@@ -227,9 +230,6 @@ FOUND_IN_KERNELS = {
     "probabilities below the normal range": Knobs(n=1, v=27, d=1, impl="cce_kahan", margin=60.0),
     "one class far below 0: the entropy's reference": Knobs(
         seed=188194520, n=18, v=1, d=9, impl="cce_no_filter", scale=20.0, temperature=0.5, use_entropy=True
-    ),
-    "a product of bf16 on a CPU that takes subnormal numbers for 0": Knobs(
-        n=3, v=11, d=125, impl="baseline", pattern="subnormal"
     ),
     "a subnormal logit over the temperature": Knobs(
         seed=2062810337, n=1, v=1, d=2, impl="cce_split", pattern="subnormal", temperature=3.0
