@@ -15,6 +15,7 @@ from cce_precision.problem import Plan, Problem, Upstream
 
 pytest.importorskip("triton")
 from cce_precision.kernels import dense
+from cce_precision.kernels import schedule as schedules
 from cce_precision.kernels.labels import sums_size
 from cce_precision.kernels.schedule import best_width, dealt, schedule
 
@@ -152,3 +153,30 @@ def test_strides(hopper: None) -> None:
         assert torch.equal(a, b) and a.any()
     odd = dataclasses.replace(problem, c=padded[:, 1:], e=problem.e[:, 1:].contiguous())
     assert not dense.finished_by_hopper(odd, Plan(variants.get("cce_exact")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["cce_exact", "cce_split"])
+@pytest.mark.parametrize("shape", [(200, 700, 136), (1000, 5003, 520), (2048, 20_000, 264)])
+def test_clusters_change_no_bit(
+    impl: str, shape: tuple[int, int, int], hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs that copy for each other compute what each would alone. dE's runs may have another width."""
+    problem = problem_of(*shape, torch.bfloat16, True)
+    plan = Plan(variants.get(impl), workspace_mb=64)
+    found = []
+    for cluster in (1, 2):
+        monkeypatch.setattr(schedules, "CLUSTER", cluster)
+        for cached in (schedules.dealt, best_width):
+            cached.cache_clear()
+        assert schedules.cluster_of(shape[0]) == cluster
+        heads, _ = kernels.forward(problem, plan)
+        found.append((heads.nll, heads.lse, *gradients(problem, impl, 64)))
+    for name, one, two in zip(("nll", "lse", "dE", "dC"), *found):
+        assert two.any(), name
+        if name == "dE":
+            assert (one - two).float().norm() <= 2.0**-8 * one.float().norm()
+        else:
+            assert torch.equal(one, two), name
+    for cached in (schedules.dealt, best_width):
+        cached.cache_clear()
