@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold it for ever
 import typer
 from torch import Tensor, distributed
 
@@ -234,6 +235,7 @@ def main(
         if first:
             _write(out, rows)
             print(page(rows))
+        distributed.barrier()  # none leaves while another still speaks to it
     finally:
         distributed.destroy_process_group()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold it for ever
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.nn.functional  # before there is a group: its functions' defaults would hold it for ever
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
 
