@@ -72,6 +72,23 @@ def test_lower_tiles_where_they_fill_the_multiprocessors() -> None:
     assert deal.cost == 128 * 2 * 256 * 1.03 < 192 * 2 * 256
 
 
+@pytest.mark.parametrize("text", ["0", "3", "two", ""])
+def test_clusters_are_of_one_or_two(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCE_CLUSTER", text)
+    with pytest.raises(ValueError, match="CCE_CLUSTER must be 1 or 2, got"):
+        schedules._asked()
+
+
+def test_clusters_take_blocks_two_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "CLUSTER", 2)
+    schedules.dealt.cache_clear()
+    assert [schedules.cluster_of(n) for n in (1, 128, 129, 256, 257, 8192)] == [1, 1, 2, 2, 1, 2]
+    deal = dealt(8192, 8448, 2304, (True, True), H200)
+    assert (deal.rows, deal.cluster, deal.units_c, deal.units_e) == (128, 2, 33 * 9, 32 * 9)
+    assert deal.cost == 128 * deal.schedule.time >= 128 * (33 * 9 * 8192 + 32 * 9 * 8448) / 66
+    schedules.dealt.cache_clear()
+
+
 def problem_of(n: int, v: int, d: int, dtype: torch.dtype, hot: bool) -> Problem:
     """Ignored tokens full of NaN; `hot`: half of the tokens have one target, 20 the last column."""
     generator = torch.Generator("cuda").manual_seed(n + v + d)

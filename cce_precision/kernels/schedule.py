@@ -13,8 +13,17 @@ __all__ = ["DZ_ROWS", "WIDEST", "Deal", "Schedule", "best_width", "cluster_of", 
 
 WIDEST = 16384  # columns a run: tensor cores truncate, and the error of a longer sum would show beside dZ's rounding
 DZ_ROWS = 128  # of a tile of dZ
-CLUSTER = int(os.environ.get("CCE_CLUSTER", "1"))  # programs that copy for each other, see hopper_cluster.py: 1 or 2
 _BETWEEN = 128 * 1024  # depth times rows that a tile would have in the time of two launches' starts and ends
+
+
+def _asked() -> int:
+    text = os.environ.get("CCE_CLUSTER", "1")
+    if text not in ("1", "2"):
+        raise ValueError(f"CCE_CLUSTER must be 1 or 2, got {text!r}")
+    return int(text)
+
+
+CLUSTER = _asked()  # programs that copy for each other, see hopper_cluster.py
 
 
 @dataclass(frozen=True)
