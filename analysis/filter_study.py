@@ -12,7 +12,8 @@ subject (case, stage, n, v, d, dtype, device), what it is and of which method:
     time       of a step, beside the logits product, as `bench` takes it: on CUDA alone, methods in turn, each in a row
                of steps, no time without the check of the same calls
     average    error of gradients averaged over 1 to 64 draws: the root mean square over groups of draws
-    estimator  errors of other estimators of what a filter leaves out (`filter_estimators`), on the shipped head
+    estimator  errors of other estimators of what a filter leaves out (`filter_estimators`), on the shipped head and a
+               synthetic trained one
 
 The same command goes on where it stopped, after Ctrl-C or at its limit, and tries again what failed.
 `filter_study_page` draws the page.
@@ -316,7 +317,7 @@ class Study:
             yield "time", f"{len(names)} methods", lambda: self.times(names, say)
         for name in AVERAGED:
             yield "average", name, lambda name=name: self.average(name)  # type: ignore[misc]
-        if self.subject.case == "captured" and self.subject.dtype == "bf16":
+        if not cuda and self.subject.case in ("captured", "trained") and self.subject.dtype == "bf16":
             for share in ESTIMATED:
                 yield "estimator", f"{share}", lambda share=share: self.estimates(share)  # type: ignore[misc]
 

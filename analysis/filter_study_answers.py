@@ -197,10 +197,10 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Tried:
-    """An estimator on a stage at a share, beside the variant's own of its group."""
+    """An estimator on a head at a share, beside the variant's own of its group."""
 
     name: str
-    stage: str
+    stage: str  # of the shipped head, or of which case
     share: int
     group: str
     of_variant: str
@@ -215,7 +215,11 @@ class Tried:
 
 def tried_of(rows: Iterable[Row]) -> list[Tried]:
     """The estimators' rows, each with the errors of what the unbiased variant of its group does."""
-    some = [row for row in rows if row["what"] == "estimator" and "failed" not in row]
+    some = [
+        row | {"stage": row["stage"] or f"synthetic, {row['case']}"}
+        for row in rows
+        if row["what"] == "estimator" and "failed" not in row
+    ]
     at = lambda row: (row["stage"], row["share"], row["group"])  # noqa: E731
     own = {at(row): {side: row[side] for side in SIDES} for row in some if row["of_variant"] and row["unbiased"]}
     return [

@@ -143,7 +143,7 @@ def rows_figure(group: Group) -> Figure:
 
 
 def estimator_figure(tried: Sequence[Tried]) -> Figure:
-    """Errors of the estimators of one group over that of what the variant does, by stage, at the first share."""
+    """Errors of the estimators of one group over that of what the variant does, by head, at the first share."""
     some = [t for t in tried if t.share == tried[0].share and t.errors != t.own]
     stages = list(dict.fromkeys(t.stage for t in reversed(some)))
     names = list(dict.fromkeys(t.name for t in some))
@@ -158,8 +158,8 @@ def estimator_figure(tried: Sequence[Tried]) -> Figure:
             series.append(Series(name, places, tuple(t.ratio(side) for t in own.values()), notes))
         ticks = tuple((float(i), stage) for i, stage in enumerate(stages))
         return Panel(
-            f"error of {side}", "stage of training", "times the variant's own", tuple(series), log_x=False, ticks=ticks,
-            guides=((1.0, WORDS[tried[0].group]),),
+            f"error of {side}", "the shipped head's stage, or case", "times the variant's own", tuple(series),
+            log_x=False, ticks=ticks, guides=((1.0, WORDS[tried[0].group]),),
         )  # fmt: skip
 
     caption = (

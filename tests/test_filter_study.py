@@ -152,6 +152,7 @@ def test_rows_of_the_classifier_by_how_often_they_are_a_target(study: Study) -> 
 def test_a_run_stops_resumes_and_tries_again_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_study, "METHODS", ("cce_exact", "cce_sparse@2^-8"))
     monkeypatch.setattr(filter_study, "AVERAGED", ())
+    monkeypatch.setattr(filter_study, "ESTIMATED", ())
     assert not run([SMALL], CPU, tmp_path, seconds=0)
     assert read(tmp_path) == []
 
