@@ -231,6 +231,9 @@ FOUND_IN_KERNELS = {
     "one class far below 0: the entropy's reference": Knobs(
         seed=188194520, n=18, v=1, d=9, impl="cce_no_filter", scale=20.0, temperature=0.5, use_entropy=True
     ),
+    "weighted rows that the interpreter truncated": Knobs(
+        seed=432943086, n=7, v=129, d=12, scale=8.0, margin=60.0, upstream="large", nan_ignored=True, one_pass=True
+    ),
     "a subnormal logit over the temperature": Knobs(
         seed=2062810337, n=1, v=1, d=2, impl="cce_split", pattern="subnormal", temperature=3.0
     ),

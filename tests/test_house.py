@@ -316,6 +316,14 @@ def test_documented_make_targets_exist() -> None:
     assert {"venv", "report", "test", "test-gpu", "lint", "fuzz"} <= targets
 
 
+def test_kernels_round_by_round_to() -> None:
+    """Triton's interpreter truncates to bf16: what a portable kernel narrows goes through primitives.round_to."""
+    kernels = [p for p in (ROOT / "cce_precision/kernels").glob("*.py") if not p.name.startswith("hopper")]
+    found = {p.name: len(re.findall(r"\.to\([^()]*(?:element_ty|DTYPE|bfloat16)\)", p.read_text())) for p in kernels}
+    assert found.pop("primitives.py") >= 2 and not any(found.values()), found
+
+
+
 def test_files_and_functions_stay_small() -> None:
     """At most 500 lines a file, fewer than 120 lines and at most 28 parameters a function (AGENTS.md)."""
     too_long = []

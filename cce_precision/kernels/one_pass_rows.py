@@ -15,7 +15,7 @@ from ..problem import Problem
 from .dz import block_rows, write_powers
 from .entry import entry
 from .launch import cdiv, next_power_of_2
-from .primitives import exp, expm1, log1p, wide, widened
+from .primitives import exp, expm1, log1p, round_to, wide, widened
 from .terms import RowTerms
 
 __all__ = ["Rows", "fill_powers", "finish_rows", "plain_terms", "weighted_rows"]
@@ -165,7 +165,7 @@ def weighted_rows_kernel(e, factor, out, d, FEATURES: tl.constexpr):
     j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     at = wide(d) * row + j
     value = tl.load(e + at, mask=j < d, other=0).to(tl.float32) * tl.load(factor + row)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=j < d)
+    tl.store(out + at, round_to(value, out.dtype.element_ty), mask=j < d)
 
 
 def weighted_rows(e: Tensor, factor: Tensor) -> Tensor:
