@@ -323,7 +323,6 @@ def test_kernels_round_by_round_to() -> None:
     assert found.pop("primitives.py") >= 2 and not any(found.values()), found
 
 
-
 def test_files_and_functions_stay_small() -> None:
     """At most 500 lines a file, fewer than 120 lines and at most 28 parameters a function (AGENTS.md)."""
     too_long = []
