@@ -52,7 +52,10 @@ def place_of(unit, blocks, tiles, GROUP: gl.constexpr):
 
 @builtin
 def specialize(consume, arguments, consumers, copy, copied, _semantic=None, _generator=None):  # type: ignore[no-untyped-def]
-    """Warpgroups 0, 1, ... run consume(*arguments, 0), consume(*arguments, 1), ..., and one more copy(*copied)."""
+    """Warpgroups 0, 1, ... run consume(*arguments, 0), consume(*arguments, 1), ..., and one more copy(*copied).
+
+    Of the 512 registers that a multiprocessor has for the same thread of its warpgroups 24 copy, the others multiply.
+    """
     consumers = _unwrap_if_constexpr(consumers)
     parts = [(consume, gl.tuple([*arguments, gl.constexpr(which)])) for which in range(consumers)]
     registers = [(504 - 24) // consumers // 8 * 8] * (consumers - 1) + [24]
@@ -89,8 +92,7 @@ def barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexp
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=CONSUMERS * CLUSTER)
-    if CLUSTER > 1:
-        init_fence()
+    init_fence(CLUSTER)
     return full, free
 
 
@@ -120,8 +122,7 @@ def copy_tiles(
     Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block. Row blocks are
     those of a cluster.
     """
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     rank = gl.program_id(0) % CLUSTER
     parts = right._reinterpret(c.dtype, [STAGES * CLUSTER, COLUMNS // CLUSTER, DEPTH], c.layout)
     count = 0
@@ -141,12 +142,10 @@ def copy_tiles(
                 row = ((block * CLUSTER + rank) * CONSUMERS + which) * BAND
                 tma.async_copy_global_to_shared(e, [row, k], full.index(stage), left.index(stage * CONSUMERS + which))
             column = tile * COLUMNS + rank * (COLUMNS // CLUSTER)
-            if CLUSTER > 1:
-                to_all()
+            to_all(CLUSTER)
             tma.async_copy_global_to_shared(c, [column, k], full.index(stage), parts.index(stage * CLUSTER + rank))
             count += 1
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @gluon.jit
@@ -249,8 +248,7 @@ def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.
     s = gl.zeros([BAND], gl.float32, by_row)
     count = 0
     lowest = m
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     for tile in range(first, last):
         if FLAGS[2]:
             lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
@@ -270,8 +268,7 @@ def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.
                 out = record + gl.to_tensor(first_row // 128).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
                 gl.atomic_or(out, words, mask=words != 0)
     store_partial(partial, m, s, rows, inside, split, splits, n)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @entry

@@ -33,24 +33,31 @@ _ARRIVE = re.compile(r"^\s*((?:@\S+ )?)mbarrier\.arrive\.shared::cta\.b64 _, \[(
 
 
 @gluon.jit
-def to_all():
+def emit(ASM: gl.constexpr):
+    """PTX without operands, where it stands."""
+    asm: gl.constexpr = ASM + " mov.b32 $0, $1;"  # an inline assembly must have a result
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
+
+
+@gluon.jit
+def to_all(CLUSTER: gl.constexpr):
     """Marks the next copy into shared memory as one to all programs of the cluster."""
-    asm: gl.constexpr = MARK + " mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
+    if CLUSTER > 1:
+        emit(MARK)
 
 
 @gluon.jit
-def init_fence():
+def init_fence(CLUSTER: gl.constexpr):
     """Makes the barriers that this thread has set up known to the cluster, before it meets."""
-    asm: gl.constexpr = "fence.mbarrier_init.release.cluster; mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
+    if CLUSTER > 1:
+        emit("fence.mbarrier_init.release.cluster;")
 
 
 @gluon.jit
-def meet():
+def meet(CLUSTER: gl.constexpr):
     """Waits for all threads of the cluster, each of which must come here as often."""
-    asm: gl.constexpr = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(0)], gl.int32, False, 1)
+    if CLUSTER > 1:
+        emit("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;")
 
 
 def completed(ptx: str) -> str:

@@ -63,8 +63,7 @@ def dz_band(
     CHOSEN: gl.constexpr = FLAGS[2]
     FILTER: gl.constexpr = FLAGS[3]
     SOFTCAP: gl.constexpr = FLAGS[5]
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     count = 0
     for unit in range(gl.program_id(0) // CLUSTER, units, gl.num_programs(0) // CLUSTER):
         block, tile = place_of(unit, blocks, tiles, GROUP)
@@ -124,8 +123,7 @@ def dz_band(
         if FLAGS[6]:
             write(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), row, tile * COLUMNS, False, 2 * WHICH)
     tma.store_wait(0)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @entry

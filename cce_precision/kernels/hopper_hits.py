@@ -96,8 +96,7 @@ def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.con
     )
     m = gl.full([BAND], float("-inf"), gl.float32, by_row)
     s = gl.zeros([BAND], gl.float32, by_row)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     count = 0
     for tile in range(first, last):
         beyond_room = gl.load(hits + gl.zeros([128], gl.int32, each_thread), volatile=True)
@@ -119,8 +118,7 @@ def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.con
         place = record + gl.to_tensor(n).to(gl.int64) * tile + rows
         gl.store(place, gl.where(target >= 0, bits, 0).to(gl.int16), mask=inside)
     store_partial(partial, m, s, rows, inside, split, splits, n)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @entry

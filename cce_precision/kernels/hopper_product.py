@@ -70,8 +70,7 @@ def copy_unit(
             else:
                 tma.async_copy_global_to_shared(dz, [row + which * BAND, at], full.index(stage), band)
         own = feature + rank * (FEATURES // CLUSTER)
-        if CLUSTER > 1:
-            to_all()
+        to_all(CLUSTER)
         tma.async_copy_global_to_shared(other, [at, own], full.index(stage), parts.index(stage * CLUSTER + rank))
         step += 1
     return step
@@ -115,8 +114,7 @@ def copy_operands(
     CLUSTER: gl.constexpr,
 ):
     """The producer: what the consumers multiply, in their order."""
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     step = 0
     for turn in range(turns):
         unit = unit_of(turn, own, early, ahead, remainder, CLUSTER)
@@ -136,8 +134,7 @@ def copy_operands(
                     dz_low, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES, CLUSTER
                 )
             step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES, CLUSTER)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @gluon.jit
@@ -236,8 +233,7 @@ def multiply_band(
     n, width, d, start, v = shape
     if FLAGS[0]:
         factor = gl.load(scale)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
     step = 0
     for turn in range(turns):
         unit = unit_of(turn, own, early, ahead, remainder, CLUSTER)
@@ -258,8 +254,7 @@ def multiply_band(
                 acc = add_labels(acc, labels, first, last, start + row, feature, v, d, layout)
             write(staging, out, (acc * factor).to(out.dtype), row, feature, False, 2 * WHICH)
     tma.store_wait(0)
-    if CLUSTER > 1:
-        meet()
+    meet(CLUSTER)
 
 
 @entry

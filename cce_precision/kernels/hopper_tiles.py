@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .entry import entry
-from .hopper import barriers, describe
+from .hopper import barriers, describe, specialize
 
 OWN = gl.constexpr(128)  # rows of the output that one program owns
 STEP = gl.constexpr(128)  # rows of one walked tile
@@ -154,18 +154,10 @@ def hopper_tile_product_kernel(
     shared = (
         left, right, full, free, counts, out, lost, order, factor, shift, scale, owner, first, rows_end, d,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (sum_survivors, (shared, FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES, gl.constexpr(0))),
-            (sum_survivors, (shared, FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES, gl.constexpr(1))),
-            (
-                copy_survivors,
-                (dz, other, left, right, full, free, places, counts, walked, owner, first, TRANSPOSED, STAGES),
-            ),
-        ],
-        [4, 4],
-        [240, 24],
-    )
+    specialize(
+        sum_survivors, (shared, FEATURES, TRANSPOSED, KAHAN, FLAGS, STAGES), 2, copy_survivors,
+        (dz, other, left, right, full, free, places, counts, walked, owner, first, TRANSPOSED, STAGES),
+    )  # fmt: skip
 
 
 def launch_tile_product(
