@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton.language as tl  # noqa: E402
 
 from cce_precision.kernels import elements, entries, exact, hits, launch, lists, sparse  # noqa: E402
+from tests.test_hopper_compile import hopper_matrix  # noqa: E402
 from tests.test_kernels_compile import (  # noqa: E402
     CAPABILITY,
     FP32,
@@ -22,7 +23,6 @@ from tests.test_kernels_compile import (  # noqa: E402
     SHARED,
     Constant,
     check,
-    hopper_matrix,
     matrix,
     needs_cuobjdump,
     resources,
