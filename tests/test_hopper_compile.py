@@ -184,7 +184,7 @@ def test_what_a_mark_becomes() -> None:
     multicast = COPY.replace("bytes [", "bytes.multicast::cluster [")
     assert [x for x in lines if x.startswith("cp.")] == [f"{multicast}, 3;", f"{COPY};"]
     arrivals = [x.strip() for x in lines if "arrive" in x]
-    assert arrivals == [f"{ARRIVE};", "@%p6 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [cce_at];"]
+    assert arrivals == [f"{ARRIVE};", "@%p6 mbarrier.arrive.shared::cluster.b64 _, [cce_at];"]
     assert "\tadd.u32 cce_at, %r7, 8;" in lines and "\tmapa.shared::cluster.u32 cce_at, cce_at, cce_other;" in lines
     with pytest.raises(AssertionError):
         completed(f".reqntid 384\n{MARK.value}\n")  # a mark without its copy

@@ -83,7 +83,7 @@ def _arrive_everywhere(found: re.Match[str]) -> str:
 	xor.b32 cce_other, cce_other, 1;
 	add.u32 cce_at, {register}, {offset or 0};
 	mapa.shared::cluster.u32 cce_at, cce_at, cce_other;
-	{where}mbarrier.arrive.release.cluster.shared::cluster.b64 _, [cce_at];
+	{where}mbarrier.arrive.shared::cluster.b64 _, [cce_at];
 	}}"""
 
 
