@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds import Call
+from cce_precision.analysis.bounds_gradients import is_centred
 from cce_precision.analysis.bounds_model import CPU, Computed, Machine
 from cce_precision.analysis.references import Objective
 from cce_precision.numerics import Filter, FilterKind
@@ -31,7 +32,8 @@ def sampling(
 ) -> Sampling:
     """Bernstein bounds of the random filters of a plan: all entries obey them at once with probability 1 - delta.
 
-    An entry is a sum of independent terms a_j = (P^_j - P_j) w_j of mean 0, with w_j the factor that multiplies P^_j.
+    An entry is a sum of independent terms a_j = (P^_j - P_j) w_j of mean 0, with w_j the factor that multiplies P^_j
+    (in dE of a centred variant the row of c less their mean).
     With v the sum of their variances, b their largest magnitude and L = log(2 entries / delta): |error| <= bL/3 +
     sqrt((bL/3)^2 + 2vL). Stochastic: variance P (eps - P) w^2, b = eps max |w|. Subsets: the terms are groups of
     `share` neighbours, of which one is drawn; variance at most (share - 1) sum P^2 w^2 plus what neighbours differ
@@ -47,6 +49,7 @@ def sampling(
     variant, zeros = plan.variant, lambda *shape: torch.zeros(shape, dtype=torch.float64, device=c.device)
     d_e, variance_e, variance_c, largest_c = zeros(n, d), zeros(n, d), zeros(v, d), zeros(v, d)
     log = math.log(2 * max(n * d + v * d, 1) / delta)
+    met = c - c.mean(0) if is_centred(problem, variant, factors) else c  # the rows that P^ meets in dE
     eps_e, eps_c = (f.threshold(problem.operand_dtype) for f in (variant.filter_e, variant.filter_c))
     for rows in call.rows():
         s, f = rows.softmax, factors.at(rows.place)
@@ -56,8 +59,8 @@ def sampling(
         weight = weight * scale if s.slope is None else weight * s.slope.value * scale
         weight = weight.scatter(1, rows.targets[:, None], 0.0)  # the target's entry is never filtered
         variance, largest = _moments(s.p, weight, variant.filter_e, eps_e)
-        variance_e[rows.index] = variance @ c.square()
-        size = torch.stack([(row[:, None] * c.abs()).amax(0) for row in largest]) if len(largest) else zeros(0, d)
+        variance_e[rows.index] = variance @ met.square()
+        size = torch.stack([(row[:, None] * met.abs()).amax(0) for row in largest]) if len(largest) else zeros(0, d)
         d_e[rows.index] = _bernstein(variance_e[rows.index], size, log)
         variance, largest = _moments(s.p, weight, variant.filter_c, eps_c)
         variance_c += variance.T @ rows.e.square()

@@ -20,7 +20,7 @@ from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stag
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
 from cce_precision.problem import Problem
 
-__all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
+__all__ = ["Factors", "GradientBounds", "Rows", "is_centred", "tiled_gradients"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +81,12 @@ class Factors:
         )
 
 
+def is_centred(problem: Problem, variant: Variant, factors: Factors) -> bool:
+    """`problem.is_centred`, of one process."""
+    alone = factors.lse is None and factors.entropy is None and factors.smooth is None
+    return variant.centred and bool(variant.filter_e) and problem.softcap is None and alone
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """One block of valid tokens."""
@@ -137,6 +143,8 @@ class _Tiled:
         self.smooth_apart = factors.smooth is not None and problem.softcap is None
         self.smooth_inside = factors.smooth is not None and problem.softcap is not None
         self.absolute_c = c.abs()
+        self.centre = self._mean_row() if is_centred(problem, self.variant, factors) else None
+        self.filtered_c = c if self.centre is None else c - self.centre.value  # what a change of dZ meets
 
     def sum_of(self, mode: Accumulation, shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
         scaled = self.problem.temperature != 1.0
@@ -148,6 +156,11 @@ class _Tiled:
             dtype=stage_dtype(self.stages, last, dtype),
             scale=self.S / self.problem.temperature, scalings=4 if scaled else 0,
         )  # type: ignore[arg-type]  # fmt: skip
+
+    def _mean_row(self) -> Computed:
+        """(D,) the mean of the classifier's rows; any order of the sum."""
+        v, size = len(self.c), self.absolute_c.sum(0)
+        return Computed(self.c.sum(0) / v, (1 + v * self.p.u) * v * self.p.u * size / v).rounded(self.p, 2)
 
     def target_term(self, rows: Rows, f: Factors) -> Computed:
         """(B,) the target's entry of dZ before the slope."""
@@ -358,10 +371,27 @@ def _embedding_bound(t: _Tiled, rows: Rows, dz: _Dz, weighted_c: Computed | None
             product = (f.smooth.column() * Computed(weighted_c.value[None, :], weighted_c.error[None, :])).rounded(p)
             part = (part - product).rounded(p)
         total.add(Contribution(part.value, part.error, part.upper, 1, product=False))
+    if t.centre is not None:
+        part = _centre_part(t, rows, dz)
+        total.add(Contribution(part.value, part.error, part.upper, 1, product=False))
     bound = total.result()
     if dz.change is not None and dz.unsure is not None:
-        bound = bound + ((dz.change @ t.c).abs() + dz.unsure @ t.absolute_c) * (t.S / t.problem.temperature)
+        change = (dz.change @ t.filtered_c).abs() + dz.unsure @ t.filtered_c.abs()
+        bound = bound + change * (t.S / t.problem.temperature)
     return bound
+
+
+def _centre_part(t: _Tiled, rows: Rows, dz: _Dz) -> Computed:
+    """(B, D) what dE loses for the centre: the row sums of dZ under its filter, the label's term among them, summed in
+    any order, times the mean row.
+    """
+    assert t.centre is not None
+    label, v = _label(t, rows), dz.y.value.shape[1]
+    size = dz.y.upper.sum(1) + label.upper
+    error = dz.y.error.sum(1) + label.error + (v + 2) * t.p.u * (1 + (v + 2) * t.p.u) * size
+    excess = Computed(dz.y.value.sum(1) + label.value, error)
+    part = (excess.column() * Computed(t.centre.value[None, :], t.centre.error[None, :])).rounded(t.p)
+    return Computed(-part.value, part.error)
 
 
 class _BiasSum:

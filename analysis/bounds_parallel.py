@@ -42,6 +42,7 @@ def _free_of_order(variant: Variant) -> Variant:
         accum_e=Accumulation.FP32,
         accum_c=Accumulation.FP32,
         sort_vocabulary=False,
+        centred=False,
     )
 
 

@@ -143,6 +143,9 @@ class Variant:
     products; otherwise it is an entry of the rounded operand, as in the paper.
     `sort_vocabulary`: columns are visited in the order of falling mean logit, which gathers the survivors in few tiles
     and makes neighbours alike for subset sampling.
+    `centred`: dE takes the rows of c less their mean. Where a row of dZ sums to 0 the exact gradient does not change,
+    and what a random filter has too much or too little of moves it by how far the drawn rows are from the mean, not by
+    all of them. Where that is: `problem.is_centred`.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """
 
@@ -157,11 +160,18 @@ class Variant:
     accum_c: Accumulation = Accumulation.FP32
     label_apart: bool = True
     sort_vocabulary: bool = False
+    centred: bool = False
     tile: tuple[int, int] = (128, 128)
 
     def __post_init__(self) -> None:
         if self.label_apart and self.accum_c is not Accumulation.FP32:
             raise ValueError(f"{self.name}: label_apart needs accum_c fp32, got {self.accum_c.value}")
+        whole = self.filter_e.by_tile or self.filter_e.kind is FilterKind.SUBSET
+        if self.centred and (whole or not self.label_apart or self.accum_e is not Accumulation.FP32):
+            raise ValueError(
+                f"{self.name}: centred needs a filter of dE that takes entries one by one (or none), label_apart and "
+                f"accum_e fp32, got {self.filter_e}, {self.label_apart} and {self.accum_e.value}"
+            )
 
     @property
     def filtered(self) -> bool:

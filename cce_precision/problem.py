@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
 
-__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream"]
+__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream", "is_centred"]
 
 # A target whose column another process holds (vocabulary-parallel backward passes): the token counts, no column of this
 # problem is its target. Beyond every column, and far enough from int32's end for differences of positions.
@@ -64,7 +64,7 @@ class Upstream(NamedTuple):
 class Statistics(NamedTuple):
     """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,).
 
-    The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||.
+    The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||, of a centred variant max_j ||C_j - mean C||.
     """
 
     kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter
@@ -102,7 +102,7 @@ class Plan:
         values: list[Any] = [v.name, v.path.value, v.operand.value, v.accum_e.value, v.accum_c.value]
         for f in (v.filter_e, v.filter_c):
             values += [f.kind.value, f.granularity.value, f.eps, f.share]
-        values += [v.label_apart, v.sort_vocabulary, *v.tile, self.softcap, self.temperature]
+        values += [v.label_apart, v.sort_vocabulary, v.centred, *v.tile, self.softcap, self.temperature]
         values += [self.want_entropy, self.want_smooth, self.want_argmax]
         values += [self.backend, self.workspace_mb, self.want_record, self.partial_e, self.first_column, self.tolerance]
         values += [None] if self.one_pass is None else self.one_pass
@@ -131,6 +131,7 @@ class Plan:
             filter_c=filter_(),
             label_apart=flag(),
             sort_vocabulary=flag(),
+            centred=flag(),
             tile=(int(next(fields)), int(next(fields))),
         )
         plan = Plan(
@@ -197,3 +198,12 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """fp32, or fp64 for fp64 inputs: logits, probabilities, losses and sums."""
         return torch.float64 if self.operand_dtype is torch.float64 else torch.float32
+
+
+def is_centred(problem: Problem, plan: Plan, upstream: Upstream) -> bool:
+    """Whether dE takes the rows of c less their mean: the variant asks for it, something is filtered, and each row of
+    dZ sums to 0. It does so for the nll alone, without a softcap, over all columns of the vocabulary.
+    """
+    variant = plan.variant
+    whole = problem.softcap is None and not plan.partial_e
+    return variant.centred and bool(variant.filter_e) and whole and upstream.of_nll_alone

@@ -15,7 +15,7 @@ from torch import Tensor
 from .numerics import Filter, FilterKind
 from .problem import Problem
 
-__all__ = ["Seen", "filter_error", "row_norms"]
+__all__ = ["Seen", "distances", "filter_error", "row_norms"]
 
 _ROWS = 1024
 _CONFIDENCE = math.log(1e6)
@@ -27,16 +27,27 @@ class Seen:
 
     alpha: Tensor  # (N,) the factor of P in dZ
     above: Tensor  # (N,) mass that enters dZ for certain: the target's, and what the filter never touches
-    # 0-dim: sums of x_ij^2 ||c_j||^2 (for dE) and x_ij^2 ||e_i||^2 (for dC) over the drawn entries x_ij of dZ
+    # 0-dim: sums of x_ij^2 ||c_j||^2 (for dE; of a centred variant c_j less the mean row) and x_ij^2 ||e_i||^2 (for dC)
+    # over the drawn entries x_ij of dZ
     energy_e: Tensor
     energy_c: Tensor
-    norms: tuple[Tensor, Tensor]  # see `row_norms`
+    norms: tuple[Tensor, Tensor]  # see `row_norms`; of a centred variant the second are `distances`
 
 
 def row_norms(problem: Problem) -> tuple[Tensor, Tensor]:
     """||e_i|| (N,), 0 where ignored, and ||c_j|| (V,), in the compute dtype."""
     of_e, of_c = (torch.linalg.vector_norm(x, dim=1, dtype=problem.compute_dtype) for x in (problem.e, problem.c))
     return torch.where(problem.targets >= 0, of_e, 0), of_c
+
+
+def distances(norms: Tensor, along: Tensor, centre: Tensor) -> Tensor:
+    """||c_j - centre|| (V,) at most, of the norms (V,) of c_j, c_j . centre (V,), and the centre (D,).
+
+    The square loses what its three parts do (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    """
+    length = torch.linalg.vector_norm(centre)
+    slack = 2 * (centre.numel() + 4) * torch.finfo(norms.dtype).eps * (norms + length).square()
+    return ((norms.square() - 2 * along + length.square()).clamp(min=0) + slack).sqrt()
 
 
 def filter_error(

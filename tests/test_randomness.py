@@ -140,7 +140,7 @@ def test_large_entries_are_never_drawn() -> None:
 
 def flat_problem(dtype: torch.dtype = torch.float32) -> Problem:
     g = torch.Generator().manual_seed(4)
-    e, c = torch.randn(12, 5, generator=g), torch.randn(96, 5, generator=g) * 0.5
+    e, c = torch.randn(12, 5, generator=g), torch.randn(96, 5, generator=g) * 0.5 + 1.0
     return Problem(e.to(dtype), c.to(dtype), torch.randint(0, 96, (12,), generator=g))
 
 
@@ -166,7 +166,8 @@ def test_gradients_are_unbiased_with_the_stated_variance(impl: str, eps: float) 
     order = vocabulary_order(problem, variant, torch.arange(problem.n))
     if order is not None:
         p, c = p[:, order], c[order]
-    d_e = (draws(p, variant.filter_e, eps, SEEDS, True) - p) @ c
+    met = c - c.mean(0) if variant.centred else c
+    d_e = (draws(p, variant.filter_e, eps, SEEDS, True) - p) @ met
     d_c = (draws(p, variant.filter_c, eps, SEEDS, False) - p).transpose(1, 2) @ e
     undo = slice(None) if order is None else torch.argsort(order)
     for found, allowed in ((d_e, spread.d_e), (d_c[:, undo], spread.d_c)):
@@ -187,6 +188,22 @@ def test_passes_make_these_draws(impl: str, eps: float) -> None:
         allowed = bound(problem, Plan(variant), objective, seed=seed)
         for name, found in zip(("dE", "dC"), gradients(problem, variant, seed)):
             assert compare(found, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name)).holds
+
+
+def test_a_row_that_all_classes_share_moves_no_centred_gradient() -> None:
+    """C + 1 w^T has C's softmax and dE. Under one seed a centred filter keeps it so; one that is not adds w times the
+    mass that its draws have too much.
+    """
+    problem, variant = flat_problem(torch.float64), ALL["cce_unbiased"].with_eps(2.0**-5)
+    moved = dataclasses.replace(problem, c=problem.c + torch.linspace(1, 3, problem.d, dtype=torch.float64))
+    apart = {}
+    for centred in (True, False):
+        which = dataclasses.replace(variant, centred=centred)
+        (first, _), (second, _) = gradients(problem, which, 1), gradients(moved, which, 1)
+        allowed = [bound(x, Plan(which.configure(None)), Objective("sum")).dE for x in (problem, moved)]
+        apart[centred] = compare(first, second, allowed[0] + allowed[1]).holds
+        assert bool(first.any())
+    assert apart == {True: True, False: False}
 
 
 def test_dropping_is_biased_where_sampling_is_not() -> None:

@@ -228,6 +228,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "label": FP32,
         "sigma": FP32,
         "shift": FP32,
+        "centre": FP32,
         "scale": FP32,
         "starts": I32,
         "columns": I32,
@@ -238,7 +239,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "stride_c": ROW_MAJOR,
         "ENTRIES": Constant(8),
         "FEATURES": Constant(512),
-        "FLAGS": Constant((False, True)),
+        "FLAGS": Constant((False, True, True)),
     }
     check(rows, sparse.finish_rows_kernel, arch, num_warps=4, num_stages=3)
     blocks = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import Filter, FilterKind, Operand, power_of_two
-from ..problem import Heads, Plan, Problem, Upstream
+from ..problem import Heads, Plan, Problem, Upstream, is_centred
 from .accumulate import Accumulator
 from .filters import sampled, tile_survives
 from .tiles import (
@@ -27,7 +27,7 @@ from .tiles import (
     vocabulary_order,
 )
 
-__all__ = ["backward"]
+__all__ = ["backward", "mean_row"]
 
 NEGLIGIBLE = -1024.0  # exp of less is 0 in fp64 too
 MOST_GATHERED = 1024  # tokens whose rows are gathered at a time
@@ -91,6 +91,7 @@ class Backward:
         # Without a softcap the smoothing part -sigma_i w_j is rank one and stays out of the operand.
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
+        self.centre = mean_row(problem.c, heads.lse.dtype) if is_centred(problem, plan, upstream) else None
 
     def weight(self, columns: Columns) -> Tensor:
         """Column weights (columns,) of the smoothing part."""
@@ -170,6 +171,7 @@ class Backward:
         d_c = torch.empty_like(problem.c, memory_format=torch.contiguous_format) if need_c else None
         d_bias = torch.zeros(problem.v, dtype=dtype, device=problem.c.device) if need_bias else None
         weighted_c = problem.e.new_zeros(problem.d, dtype=dtype)  # sum_j w_j c_j
+        row_sums = problem.e.new_zeros(problem.n, dtype=dtype)  # of dZ under the filter of dE, without the label
         weighted_e = self.weighted_embeddings() if self.smooth_apart and need_c else None
 
         for columns in column_blocks(problem, self.order, width):
@@ -188,6 +190,7 @@ class Backward:
                 y_e = None if x_e is None else self.operand(x_e, block, variant.filter_e)
                 if d_e is not None and y_e is not None:
                     d_e.add(index, y_e @ c)
+                    row_sums[index] += y_e.sum(1)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
                     if sum_c is not None:
@@ -205,7 +208,7 @@ class Backward:
             if d_bias is not None:
                 d_bias[columns.index] = bias_sum
         if d_e is not None:
-            self.finish_embeddings(d_e, weighted_c)
+            self.finish_embeddings(d_e, weighted_c, row_sums)
         return (
             None if d_e is None else d_e.result(self.partial_e),
             d_c,
@@ -231,8 +234,8 @@ class Backward:
             if sum_c is not None:
                 sum_c.add_repeated(place, x[:, None] * self.problem.e[index].to(x.dtype))
 
-    def finish_embeddings(self, d_e: Accumulator, weighted_c: Tensor) -> None:
-        """The parts of dE that stay out of the operand: the target's and the smoothing's."""
+    def finish_embeddings(self, d_e: Accumulator, weighted_c: Tensor, row_sums: Tensor) -> None:
+        """The parts of dE that stay out of the operand: the target's, the smoothing's and the centre's."""
         if not (self.variant.label_apart or self.smooth_apart):
             return
         for index in row_blocks(self.problem, self.rows, MOST_GATHERED):
@@ -243,9 +246,19 @@ class Backward:
                 here = targets < self.problem.v
                 part = x[:, None] * self.problem.c[torch.where(here, targets, 0)].to(x.dtype)
                 part = torch.where(here[:, None], part, 0)  # not the target's term of another process's column
+                if self.centre is not None:
+                    part = part - (row_sums[index] + x)[:, None] * self.centre  # whose exact sum is 0
             if self.smooth_apart:
                 part = part - self.factors.sigma[index][:, None] * weighted_c  # type: ignore[index]
             d_e.add(index, part)
+
+
+def mean_row(c: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean (D,) of the rows of c (V, D)."""
+    total = torch.zeros(c.shape[1], dtype=dtype, device=c.device)
+    for rows in c.split(MOST_GATHERED):
+        total += rows.to(dtype).sum(0)
+    return total / max(len(c), 1)
 
 
 def as_ids(index: slice | Tensor, like: Tensor) -> Tensor:

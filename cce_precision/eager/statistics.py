@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..numerics import FilterKind, unit_roundoff
 from ..problem import Heads, Plan, Problem, Statistics, Upstream
-from ..promise import Seen, row_norms
+from ..promise import Seen, distances, row_norms
 from .backward import Backward, as_ids
 from .filters import sampled, tile_survives
 from .tiles import block_shape, column_blocks, row_blocks
@@ -62,6 +62,9 @@ def seen_of(pass_: Backward) -> Seen:
     mass = torch.exp(-heads.nll)
     energies = [heads.lse.new_zeros(()), heads.lse.new_zeros(())]
     norms_e, norms_c = row_norms(problem)
+    if (centre := pass_.centre) is not None:
+        along = torch.cat([rows.to(centre.dtype) @ centre for rows in problem.c.split(1024)])
+        norms_c = distances(norms_c, along, centre)
     height, width = block_shape(problem, Plan(pass_.variant), by_tile=False)
     for columns in column_blocks(problem, pass_.order, width):
         c = problem.c[columns.index].to(problem.compute_dtype)

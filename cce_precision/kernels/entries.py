@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from ..promise import Seen, row_norms
+from ..promise import Seen, distances, row_norms
 from .elements import STOCHASTIC, ElementFilter, dz_entries
 from .entry import entry
 from .hits import BLOCK
 from .launch import multiprocessors, precision_of
 from .lists import BATCH, Lists
 from .primitives import cap, multiply_add
-from .terms import RowTerms
+from .terms import RowTerms, matvec
 
 __all__ = ["Buffers", "Entries", "entries_of", "hit_values", "seen_of"]
 
@@ -305,7 +305,9 @@ def seen_kernel(starts, columns, weights, dense, alpha, norms, out, n, drawn, EN
     tl.store(out + 2 * n + row, tl.sum(energy, 0))
 
 
-def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFilter, nll: Tensor) -> Seen:
+def seen_of(
+    problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFilter, nll: Tensor, centre: Tensor | None
+) -> Seen:
     """What the kept entries tell of their filter, without entropy. Meaningless where entries.dense is 1.
 
     A softcap's slope stands in the entries: the mass above eps is then at least what is given, and an entry above eps
@@ -314,6 +316,8 @@ def seen_of(problem: Problem, terms: RowTerms, entries: Entries, filt: ElementFi
     n = problem.n
     out = torch.empty((3, n), dtype=torch.float32, device=nll.device)
     norms = row_norms(problem)
+    if centre is not None:
+        norms = norms[0], distances(norms[1], matvec(problem.c, centre), centre)
     drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
     alpha = terms.terms[1]
     columns, weights = entries.buffers.columns, entries.buffers.weights

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import Filter, FilterKind
-from ..problem import Heads, Plan, Problem, Upstream
+from ..problem import Heads, Plan, Problem, Upstream, is_centred
 from ..promise import filter_error
 from .answer import Answer
 from .dense import accumulate_product, no_tokens
@@ -62,9 +62,11 @@ def backward_filtered(
     if problem.n == 0:
         return no_tokens(problem, plan, need)
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
+    centred = need[0] and is_centred(problem, plan, upstream)
+    centre = weighted_sum(problem.c, None) / problem.v if centred else None
     if kept_filter(problem, plan) is None:
-        return dense(problem, plan, clean_rows(problem), terms, need, seed)
-    return sparse(problem, plan, heads, terms, need, seed, record)
+        return dense(problem, plan, clean_rows(problem), terms, need, seed, centre)
+    return sparse(problem, plan, heads, terms, need, seed, record, centre)
 
 
 def side_filter(
@@ -150,6 +152,7 @@ def sparse(
     need: tuple[bool, bool, bool],
     seed: Tensor,
     record: Tensor | None,
+    centre: Tensor | None,  # (D,) fp32 that dE takes from the rows of c
 ) -> Gradients:
     """The kept entries as a sparse matrix, the tail of a subset filter by small dense products; or the exact gradient,
     where the entries do not fit or their filter cannot keep plan.tolerance.
@@ -176,9 +179,9 @@ def sparse(
         tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense)
     if d_e is not None:
         base = None if tail is None else tail_of_rows(problem, terms, tail, shift_e, d_c)
-        finish_rows(problem, terms, entries, d_e, base, shift_e)
+        finish_rows(problem, terms, entries, d_e, base, shift_e, centre)
         del base
-    seen = None if plan.tolerance is None else seen_of(problem, terms, entries, kept, heads.nll)
+    seen = None if plan.tolerance is None else seen_of(problem, terms, entries, kept, heads.nll, centre)
     if tail is not None and (need_c or need_bias):
         tail_by_runs(problem, e, terms, segments, entries, tail, workspace.tail, d_c, d_bias, shift_c, dense_way)
     elif need_c or need_bias:
@@ -243,7 +246,13 @@ def tail_by_runs(
 
 
 def dense(
-    problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, need: tuple[bool, bool, bool], seed: Tensor
+    problem: Problem,
+    plan: Plan,
+    e: Tensor,
+    terms: RowTerms,
+    need: tuple[bool, bool, bool],
+    seed: Tensor,
+    centre: Tensor | None,  # (D,) fp32 that dE takes from the rows of c
 ) -> Gradients:
     """By runs of columns, dZ of each side under its filter and a library product: for any filters at all."""
     need_e, need_c, need_bias = need
@@ -267,6 +276,7 @@ def dense(
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
+    excess = terms.label.clone()  # of each row of dZ, whose exact sum is 0
 
     for start in range(0, v, width):
         index = slice(start, min(start + width, v))
@@ -289,8 +299,12 @@ def dense(
             if total_e is not None and rows:
                 for x in operands:
                     accumulate_product(total_e, x, c, False)
+                if centre is not None:
+                    excess += torch.stack([x.sum(1, dtype=torch.float32) for x in operands]).sum(0)
     d_e = None
     if total_e is not None:
+        if centre is not None:
+            total_e.addr_(excess, centre, alpha=-1)
         d_e = torch.empty_like(total_e) if plan.partial_e else e  # read for the last time
         scale_into(d_e, total_e, terms.scale)
     return d_e, d_c, finish_bias(problem, terms, d_bias)

@@ -36,6 +36,7 @@ def finish_rows_kernel(
     label,  # (N,) fp32
     sigma,  # (N,) fp32
     shift,  # (D,) fp32 or unused
+    centre,  # (D,) fp32 or unused: the mean of the rows of c, see numerics.Variant
     scale,  # () fp32
     starts,  # (N + 1,) int32
     columns,  # int32
@@ -46,13 +47,14 @@ def finish_rows_kernel(
     stride_c,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
-    FLAGS: tl.constexpr,  # (base, shift)
+    FLAGS: tl.constexpr,  # (base, shift, centre)
 ):
     if tl.load(dense) == 0:
         row = tl.program_id(0)
         j = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         first, last = tl.load(starts + row), tl.load(starts + row + 1)
         acc = tl.zeros((ENTRIES, FEATURES), tl.float32)
+        mass = tl.zeros((ENTRIES,), tl.float32)
         for i in range(first, last, ENTRIES):
             entry = i + tl.arange(0, ENTRIES)
             column = tl.load(columns + entry, mask=entry < last, other=0)
@@ -60,11 +62,16 @@ def finish_rows_kernel(
             at = column[:, None].to(tl.int64) * stride_c[0] + j[None, :].to(tl.int64) * stride_c[1]
             value = tl.load(c + at, mask=(entry < last)[:, None] & (j < d)[None, :], other=0)
             acc += x[:, None] * value.to(tl.float32)
+            mass += x
         if FLAGS[0]:
             total = tl.load(base + wide(d) * row + j, mask=j < d, other=0.0)
         else:
             total = label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, True, FLAGS[1])
-        total = (total + tl.sum(acc, 0)) * tl.load(scale)
+        total += tl.sum(acc, 0)
+        if FLAGS[2]:
+            excess = tl.sum(mass, 0) + tl.load(label + row)
+            total -= excess * tl.load(centre + j, mask=j < d, other=0.0)
+        total *= tl.load(scale)
         tl.store(out + wide(d) * row + j, round_to(total, out.dtype.element_ty), mask=j < d)
 
 
@@ -75,9 +82,10 @@ def finish_rows(
     out: Tensor,  # (N, D) contiguous
     base: Tensor | None,  # (N, D) fp32
     shift: Tensor | None,  # (D,) fp32, where there is no base
+    centre: Tensor | None,  # (D,) fp32
 ) -> None:
-    """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, scaled
-    and rounded once. Not done where entries.dense is 1.
+    """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, minus the
+    sum of the entries and the label times the centre, scaled and rounded once. Not done where entries.dense is 1.
     """
     features = min(512, max(16, next_power_of_2(problem.d)))
     finish_rows_kernel[(problem.n, cdiv(problem.d, features))](
@@ -88,6 +96,7 @@ def finish_rows(
         terms.label,
         terms.sigma,
         terms.terms if shift is None else shift,
+        terms.terms if centre is None else centre,
         terms.scale,
         entries.starts,
         entries.buffers.columns,
@@ -98,7 +107,7 @@ def finish_rows(
         tuple(problem.c.stride()),
         ENTRIES=8,
         FEATURES=features,
-        FLAGS=(base is not None, shift is not None),
+        FLAGS=(base is not None, shift is not None, centre is not None),
         num_warps=4,
         num_stages=3,
     )
