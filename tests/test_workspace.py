@@ -122,3 +122,18 @@ def test_one_pass_keeps_its_workspace(n: int, d: int, nothing_runs: list[str]) -
     assert (2 * n * v if kept else 4 * v * d) <= forward <= megabytes * 2**20 + 64 * n
     assert allocated.peak <= megabytes * 2**20 + 64 * n + gradients
     assert "product" in nothing_runs
+
+
+@pytest.mark.parametrize(("d", "megabytes", "kept"), [(2304, 4096, False), (2304, 5632, True), (1024, 8192, False)])
+def test_on_hopper_powers_are_kept_where_they_fit(
+    d: int, megabytes: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with more than 2 D tokens, where our own products, which round dC themselves, are the faster ones."""
+    monkeypatch.setattr(one_pass, "_by_hopper", lambda problem: True)
+    monkeypatch.setattr(one_pass, "multiprocessors", lambda device: 132)
+    e, c = torch.empty(8192, d, dtype=torch.bfloat16), torch.empty(256_000, d, dtype=torch.bfloat16)
+    problem = Problem(e, c, torch.zeros(8192, dtype=torch.int64))
+    plan = Plan(variants.get("cce_exact"), workspace_mb=megabytes, one_pass=(True, True, False))
+    assert one_pass.keeps_powers(problem, plan) == kept
+    left = one_pass.shapes(problem, plan)
+    assert left is not None and (left.powers.numel() > 0) == kept

@@ -8,8 +8,9 @@ with rows e'_i = exp(r_i - lse_i) e_i rounded to bf16; the target's terms are ad
 
 With few tokens, fewer than 2 D, the powers of all take less memory than fp32 sums of dC. They wait for the backward
 pass, which knows the upstream gradient: its products are those of the dense pass, dC rounded once in their epilogue.
-With more tokens by chunks, whose products follow at once into fp32 sums of both gradients; the backward pass scales and
-rounds them.
+With more tokens they still do where the workspace holds them and the products are our own, which is faster. Else they
+come by chunks, whose products follow at once into fp32 sums of both gradients; the backward pass scales and rounds
+them.
 
 A row block in which a power came near to overflow is computed again from the row maximum, on the device: right for any
 logits. bf16 alone, whose range is that of fp32.
@@ -92,11 +93,11 @@ def _room(problem: Problem, plan: Plan) -> int | None:
 
 
 def keeps_powers(problem: Problem, plan: Plan) -> bool:
-    """Whether the powers of all tokens wait for the backward pass: dC is wanted, sums of it would take more memory, and
-    the workspace holds them beside the gradients.
+    """Whether the powers of all tokens wait for the backward pass: dC is wanted, sums of it would take more memory or
+    time, and the workspace holds the powers beside the gradients.
     """
     room, need_c = _room(problem, plan), plan.one_pass is not None and plan.one_pass[1]
-    if room is None or not need_c or problem.n >= 2 * problem.d:
+    if room is None or not need_c or (problem.n >= 2 * problem.d and _by_library(problem)):
         return False
     n, v, d, runs = problem.n, problem.v, problem.d, Runs.of(problem)
     sums = 4 * d * min(v, WIDEST) if _by_library(problem) else 0
