@@ -124,9 +124,10 @@ def linear_cross_entropy(
         workspace_mb: most MiB of scratch for blocks of logits; None is the backend's default (256 for impl="auto").
             Where it holds them, cce_exact in bf16 keeps softmax powers and takes three products instead of four (mean
             or sum of a plain loss): 2 N V bytes beside the gradients with fewer than 2 D tokens, else sums of 4 V D
-            bytes and 1,024 tokens' powers at least; on Hopper it is fastest where all tokens' powers fit. Where it does not hold the fp32 sums of dE, 4 N D bytes, a variant
-            without a filter computes the logits once more: dE by chunks of tokens in the memory of dC, then dC. dE, of
-            2 N D bytes in 16 bits, and a piece of 256 tokens and columns are the least that it takes.
+            bytes and 1,024 tokens' powers at least; on Hopper it is fastest where the powers of all tokens fit.
+            Where it does not hold the fp32 sums of dE, 4 N D bytes, a variant without a filter computes the logits
+            once more: dE by chunks of tokens in the memory of dC, then dC. dE, of 2 N D bytes in 16 bits, and a piece
+            of 256 tokens and columns are the least that it takes.
         seed: for variants that sample; None draws one from PyTorch's generator, so `torch.manual_seed` reproduces a
             run.
         validate: whether to check the range of targets: True, False, or "auto" (only where it costs no
