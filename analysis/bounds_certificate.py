@@ -23,7 +23,7 @@ class Sampling(NamedTuple):
 
     d_e: Tensor  # (N, D) bound of the deviation from the gradient without a filter
     d_c: Tensor  # (V, D)
-    variance_e: Tensor  # (N, D) variance of an entry over the seeds
+    variance_e: Tensor  # (N, D) variance of an entry over the seeds; of a centred variant at most
     variance_c: Tensor  # (V, D)
 
 
@@ -33,7 +33,7 @@ def sampling(
     """Bernstein bounds of the random filters of a plan: all entries obey them at once with probability 1 - delta.
 
     An entry is a sum of independent terms a_j = (P^_j - P_j) w_j of mean 0, with w_j the factor that multiplies P^_j
-    (in dE of a centred variant the row of c less their mean).
+    (in dE of a centred variant c_j less the centre, which the draws of other tokens decide: the worst that it may be).
     With v the sum of their variances, b their largest magnitude and L = log(2 entries / delta): |error| <= bL/3 +
     sqrt((bL/3)^2 + 2vL). Stochastic: variance P (eps - P) w^2, b = eps max |w|. Subsets: the terms are groups of
     `share` neighbours, of which one is drawn; variance at most (share - 1) sum P^2 w^2 plus what neighbours differ
@@ -49,7 +49,7 @@ def sampling(
     variant, zeros = plan.variant, lambda *shape: torch.zeros(shape, dtype=torch.float64, device=c.device)
     d_e, variance_e, variance_c, largest_c = zeros(n, d), zeros(n, d), zeros(v, d), zeros(v, d)
     log = math.log(2 * max(n * d + v * d, 1) / delta)
-    met = c - c.mean(0) if is_centred(problem, variant, factors) else c  # the rows that P^ meets in dE
+    met = _met(c, is_centred(call.problem, plan.variant, factors))
     eps_e, eps_c = (f.threshold(problem.operand_dtype) for f in (variant.filter_e, variant.filter_c))
     for rows in call.rows():
         s, f = rows.softmax, factors.at(rows.place)
@@ -59,8 +59,9 @@ def sampling(
         weight = weight * scale if s.slope is None else weight * s.slope.value * scale
         weight = weight.scatter(1, rows.targets[:, None], 0.0)  # the target's entry is never filtered
         variance, largest = _moments(s.p, weight, variant.filter_e, eps_e)
-        variance_e[rows.index] = variance @ met.square()
-        size = torch.stack([(row[:, None] * met.abs()).amax(0) for row in largest]) if len(largest) else zeros(0, d)
+        variance_e[rows.index] = torch.stack([variance @ x.square() for x in met]).amax(0)
+        farthest = torch.stack([x.abs() for x in met]).amax(0)
+        size = torch.stack([(row[:, None] * farthest).amax(0) for row in largest]) if len(largest) else zeros(0, d)
         d_e[rows.index] = _bernstein(variance_e[rows.index], size, log)
         variance, largest = _moments(s.p, weight, variant.filter_c, eps_c)
         variance_c += variance.T @ rows.e.square()
@@ -69,6 +70,15 @@ def sampling(
     undo = torch.argsort(call.ids)
     d_c = _bernstein(variance_c, largest_c, log)
     return Sampling(d_e, d_c[undo], variance_e, variance_c[undo])
+
+
+def _met(c: Tensor, centred: bool) -> list[Tensor]:
+    """The rows (V, D) that P^ meets in dE; of a centred variant with the centre, a mean of rows and 0, at either end of
+    its range: their squares are convex in it.
+    """
+    if not centred:
+        return [c]
+    return [c - c.amin(0).clamp(max=0), c - c.amax(0).clamp(min=0)]
 
 
 def _moments(p: Computed, weight: Tensor, filt: Filter, eps: float) -> tuple[Tensor, Tensor]:

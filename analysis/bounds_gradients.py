@@ -84,7 +84,8 @@ class Factors:
 def is_centred(problem: Problem, variant: Variant, factors: Factors) -> bool:
     """`problem.is_centred`, of one process."""
     alone = factors.lse is None and factors.entropy is None and factors.smooth is None
-    return variant.centred and bool(variant.filter_e) and problem.softcap is None and alone
+    filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
+    return variant.centred and filtered and problem.softcap is None and alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +144,7 @@ class _Tiled:
         self.smooth_apart = factors.smooth is not None and problem.softcap is None
         self.smooth_inside = factors.smooth is not None and problem.softcap is not None
         self.absolute_c = c.abs()
-        self.centre = self._mean_row() if is_centred(problem, self.variant, factors) else None
-        self.filtered_c = c if self.centre is None else c - self.centre.value  # what a change of dZ meets
+        self.centre: Computed | None = None  # (2, D) of even and odd tokens
 
     def sum_of(self, mode: Accumulation, shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
         scaled = self.problem.temperature != 1.0
@@ -157,10 +157,21 @@ class _Tiled:
             scale=self.S / self.problem.temperature, scalings=4 if scaled else 0,
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def _mean_row(self) -> Computed:
-        """(D,) the mean of the classifier's rows; any order of the sum."""
-        v, size = len(self.c), self.absolute_c.sum(0)
-        return Computed(self.c.sum(0) / v, (1 + v * self.p.u) * v * self.p.u * size / v).rounded(self.p, 2)
+    def find_centre(self, blocks: Iterable[Rows]) -> None:
+        """The mean row of what is kept for odd and even tokens, summed in any order. An entry that may be kept or not
+        moves it by at most its row, and the centre itself, over their number.
+        """
+        kept, open_ = (torch.zeros(2, len(self.c), dtype=torch.float64, device=self.c.device) for _ in range(2))
+        for rows in blocks:
+            x, parity = self.dz(rows, self.variant.filter_e, True).x, rows.index % 2
+            certain = x.value.abs() > x.error
+            kept.index_add_(0, parity, certain.double())
+            open_.index_add_(0, parity, ((x.upper > 0) & ~certain).double())
+        number, count, u = kept.sum(1, keepdim=True).clamp(min=1), kept + open_, (2 * len(self.c) + 8) * self.p.u
+        value = kept @ self.c / number
+        moved = (open_ @ self.absolute_c + open_.sum(1, keepdim=True) * value.abs()) / number
+        error = moved + u * (1 + u) * (count @ self.absolute_c) / number
+        self.centre = Computed(value.flip(0), error.flip(0))
 
     def target_term(self, rows: Rows, f: Factors) -> Computed:
         """(B,) the target's entry of dZ before the slope."""
@@ -287,6 +298,8 @@ def tiled_gradients(
     """Bounds for `eager/backward.py`; arguments as of `_Tiled`. `blocks` are those of the pass where tiles matter."""
     t = _Tiled(problem, variant, machine, factors, c, weight, ids, width, seed, stages)
     variant, (v, d) = t.variant, c.shape
+    if is_centred(problem, variant, factors):
+        t.find_centre(blocks())
     shared = variant.filter_e == variant.filter_c and not variant.filter_e.random
     sum_c = t.sum_of(variant.accum_c, (v, d), problem.c.dtype)
     change_c, unsure_c = torch.zeros_like(c), torch.zeros_like(c)
@@ -376,21 +389,26 @@ def _embedding_bound(t: _Tiled, rows: Rows, dz: _Dz, weighted_c: Computed | None
         total.add(Contribution(part.value, part.error, part.upper, 1, product=False))
     bound = total.result()
     if dz.change is not None and dz.unsure is not None:
-        change = (dz.change @ t.filtered_c).abs() + dz.unsure @ t.filtered_c.abs()
-        bound = bound + change * (t.S / t.problem.temperature)
+        change, unsure = dz.change @ t.c, dz.unsure @ t.absolute_c
+        if t.centre is not None:
+            centre = t.centre.value[rows.index % 2]
+            change = change - dz.change.sum(1, keepdim=True) * centre
+            unsure = unsure + dz.unsure.sum(1, keepdim=True) * centre.abs()
+        bound = bound + (change.abs() + unsure) * (t.S / t.problem.temperature)
     return bound
 
 
 def _centre_part(t: _Tiled, rows: Rows, dz: _Dz) -> Computed:
     """(B, D) what dE loses for the centre: the row sums of dZ under its filter, the label's term among them, summed in
-    any order, times the mean row.
+    any order, times its centre.
     """
     assert t.centre is not None
     label, v = _label(t, rows), dz.y.value.shape[1]
     size = dz.y.upper.sum(1) + label.upper
     error = dz.y.error.sum(1) + label.error + (v + 2) * t.p.u * (1 + (v + 2) * t.p.u) * size
     excess = Computed(dz.y.value.sum(1) + label.value, error)
-    part = (excess.column() * Computed(t.centre.value[None, :], t.centre.error[None, :])).rounded(t.p)
+    parity = rows.index % 2
+    part = (excess.column() * Computed(t.centre.value[parity], t.centre.error[parity])).rounded(t.p)
     return Computed(-part.value, part.error)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype
 from cce_precision.eager.accumulate import Accumulator
-from cce_precision.eager.backward import MOST_GATHERED, as_ids, mean_row
+from cce_precision.eager.backward import MOST_GATHERED, as_ids, centres, count_kept
 from cce_precision.eager.filters import sampled, tile_survives
 from cce_precision.eager.forward import OnlineSoftmax, _finish
 from cce_precision.eager.tiles import (
@@ -217,6 +217,7 @@ class _Tiled:
         d_e = _Sum(self, (problem.n, problem.d), variant.accum_e, problem.e.dtype)
         d_c = torch.empty(problem.v, problem.d, dtype=torch.float64)
         excess = torch.zeros(problem.n, dtype=kind)  # of the rows of dZ, whose exact sums are 0
+        counts = torch.zeros(2, problem.v, dtype=kind)
         for columns in column_blocks(problem, self.order, width):
             c = problem.c[columns.index].to(kind)
             sum_c = _Sum(self, (columns.width, problem.d), variant.accum_c, problem.c.dtype)
@@ -227,16 +228,19 @@ class _Tiled:
                 if y_e is not None:
                     d_e.add(index, y_e.to(kind) @ c)
                     excess[index] += y_e.to(kind).sum(1)
+                    count_kept(counts, y_e, index, columns)
                 if y_c is not None:
                     sum_c.add(slice(None), y_c.to(kind).T @ problem.e[index].to(kind))
             self.add_label(columns, sum_c)
             d_c[columns.index] = sum_c.result()
         if variant.label_apart:
-            centre = mean_row(problem.c, kind) if is_centred(problem, self.plan, Upstream(self.g)) else None
+            centre = centres(counts, problem.c) if is_centred(problem, self.plan, Upstream(self.g)) else None
             for index in row_blocks(problem, self.rows, MOST_GATHERED):
                 x = (self.target_term(index) * self.target_slope(index)).to(kind)
                 part = x[:, None] * problem.c[problem.targets[index]].to(kind)
-                d_e.add(index, part if centre is None else part - (excess[index] + x)[:, None] * centre)
+                if centre is not None:
+                    part = part - (excess[index] + x)[:, None] * centre[as_ids(index, x) % 2]
+                d_e.add(index, part)
         return Result(self.nll.double(), d_e.result(), d_c)
 
     def add_label(self, columns: Columns, sum_c: _Sum) -> None:

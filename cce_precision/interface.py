@@ -326,18 +326,11 @@ def _statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> tup
             ones = valid.to(problem.compute_dtype)
             return ones, valid * problem.v, plan.variant.path.value, torch.zeros_like(ones)
         kept, hits, deviation = statistics_of(problem, plan, heads, seed)
-        longest = _longest_row(problem.c.detach(), plan.variant.centred, deviation.dtype) * (1 + 2.0**-10)
+        norms = [block.to(deviation.dtype).norm(dim=1).amax() for block in problem.c.detach().split(4096)]
+        longest = functools.reduce(torch.maximum, norms) * (1 + 2.0**-10)
+        if plan.variant.centred:  # the centre is a mean of rows
+            longest = 2 * longest
         return kept, hits, choose_backend(problem, plan), deviation * longest / problem.temperature
-
-
-def _longest_row(c: Tensor, centred: bool, dtype: torch.dtype) -> Tensor:
-    """0-dim: max_j ||c_j||; the larger of it and max_j ||c_j - mean c|| for a centred variant, which is not always."""
-    blocks = c.split(4096)
-    origins = [torch.zeros(c.shape[1], dtype=dtype, device=c.device)]
-    if centred:
-        origins.append(functools.reduce(torch.add, [block.to(dtype).sum(0) for block in blocks]) / max(len(c), 1))
-    norms = [(block.to(dtype) - origin).norm(dim=1).amax() for block in blocks for origin in origins]
-    return functools.reduce(torch.maximum, norms)
 
 
 def compute_z_loss(

@@ -64,7 +64,7 @@ class Upstream(NamedTuple):
 class Statistics(NamedTuple):
     """What a filter does to each row of P^, the sampled or thresholded softmax that dE is computed from; each (N,).
 
-    The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||, of a centred variant max_j ||C_j - mean C||.
+    The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||, of a centred variant by twice as much.
     """
 
     kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter
@@ -201,9 +201,9 @@ class Problem:
 
 
 def is_centred(problem: Problem, plan: Plan, upstream: Upstream) -> bool:
-    """Whether dE takes the rows of c less their mean: the variant asks for it, something is filtered, and each row of
-    dZ sums to 0. It does so for the nll alone, without a softcap, over all columns of the vocabulary.
+    """Whether dE takes the rows of c less a centre: the variant asks for it, both gradients have one filter, and each
+    row of dZ sums to 0. It does so for the nll alone, without a softcap, over all columns of the vocabulary.
     """
     variant = plan.variant
-    whole = problem.softcap is None and not plan.partial_e
-    return variant.centred and bool(variant.filter_e) and whole and upstream.of_nll_alone
+    filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
+    return variant.centred and filtered and problem.softcap is None and not plan.partial_e and upstream.of_nll_alone

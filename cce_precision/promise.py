@@ -27,11 +27,12 @@ class Seen:
 
     alpha: Tensor  # (N,) the factor of P in dZ
     above: Tensor  # (N,) mass that enters dZ for certain: the target's, and what the filter never touches
-    # 0-dim: sums of x_ij^2 ||c_j||^2 (for dE; of a centred variant c_j less the mean row) and x_ij^2 ||e_i||^2 (for dC)
+    # 0-dim: sums of x_ij^2 ||c_j||^2 (for dE; of a centred variant c_j less the centre) and x_ij^2 ||e_i||^2 (for dC)
     # over the drawn entries x_ij of dZ
     energy_e: Tensor
     energy_c: Tensor
-    norms: tuple[Tensor, Tensor]  # see `row_norms`; of a centred variant the second are `distances`
+    # See `row_norms`; of a centred variant the second are (2, V), distances from the centres of even and odd tokens.
+    norms: tuple[Tensor, Tensor]
 
 
 def row_norms(problem: Problem) -> tuple[Tensor, Tensor]:

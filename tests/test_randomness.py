@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -158,7 +160,7 @@ def gradients(problem: Problem, variant: Variant, seed: int) -> tuple[Tensor, Te
 @pytest.mark.parametrize("eps", [2.0**-5, 2.0**-7])
 def test_gradients_are_unbiased_with_the_stated_variance(impl: str, eps: float) -> None:
     """The filters' effect on dE and dC, roundings apart, obeys Bernstein's bound in each run and in their mean."""
-    problem, variant = flat_problem(), ALL[impl].with_eps(eps)
+    problem, variant = flat_problem(), dataclasses.replace(ALL[impl].with_eps(eps), centred=False)
     spread = sampling(problem, Plan(variant), Objective("sum"), delta=DELTA)
     e, c = problem.e.double(), problem.c.double()
     p = torch.softmax(e @ c.T, 1)
@@ -166,8 +168,7 @@ def test_gradients_are_unbiased_with_the_stated_variance(impl: str, eps: float) 
     order = vocabulary_order(problem, variant, torch.arange(problem.n))
     if order is not None:
         p, c = p[:, order], c[order]
-    met = c - c.mean(0) if variant.centred else c
-    d_e = (draws(p, variant.filter_e, eps, SEEDS, True) - p) @ met
+    d_e = (draws(p, variant.filter_e, eps, SEEDS, True) - p) @ c
     d_c = (draws(p, variant.filter_c, eps, SEEDS, False) - p).transpose(1, 2) @ e
     undo = slice(None) if order is None else torch.argsort(order)
     for found, allowed in ((d_e, spread.d_e), (d_c[:, undo], spread.d_c)):
@@ -188,6 +189,32 @@ def test_passes_make_these_draws(impl: str, eps: float) -> None:
         allowed = bound(problem, Plan(variant), objective, seed=seed)
         for name, found in zip(("dE", "dC"), gradients(problem, variant, seed)):
             assert compare(found, getattr(exact, name), getattr(allowed, name) + getattr(exact.radius, name)).holds
+
+
+def test_a_centred_gradient_is_unbiased_over_every_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens, three classes, eps = 1: the mean over all 16 outcomes of the draws, each with its probability, is the
+    exact gradient, though every outcome has a centre of its own.
+    """
+    g = torch.Generator().manual_seed(3)
+    e, c = (torch.randn(n, 2, generator=g, dtype=torch.float64) for n in (2, 3))
+    problem, variant, objective = Problem(e, c + 1, torch.tensor([0, 2])), ALL["cce_unbiased"], Objective("sum")
+    p = torch.softmax(problem.e @ problem.c.T, 1)
+    places = [(0, 1), (0, 2), (1, 0), (1, 1)]  # all but the targets
+    found, weights, module = [], [], sys.modules["cce_precision.eager.backward"]
+    for outcome in itertools.product((0.0, 1.0), repeat=4):
+        kept = torch.zeros(2, 3, dtype=torch.float64)
+        for place, keep in zip(places, outcome):
+            kept[place] = keep
+        monkeypatch.setattr(module, "sampled", lambda *x, kept=kept: kept)
+        found.append(gradients(problem, variant.with_eps(1.0), 0)[0])
+        weights.append(math.prod(float(p[x] if keep else 1 - p[x]) for x, keep in zip(places, outcome)))
+    values, chances = torch.stack(found), torch.tensor(weights, dtype=torch.float64)
+    mean = (chances[:, None, None] * values).sum(0)
+    roundings = len(places) * problem.v + len(found)
+    allowed = roundings * torch.finfo(torch.float64).eps * values.abs().amax(0)
+    exact = truth(problem, objective)
+    assert compare(mean, exact.dE, allowed + exact.radius.dE).holds
+    assert len({tuple(x.flatten().tolist()) for x in found}) == len(found)
 
 
 def test_a_row_that_all_classes_share_moves_no_centred_gradient() -> None:
@@ -282,7 +309,7 @@ def test_ignored_tokens_do_not_shift_the_draws() -> None:
     targets = problem.targets.clone()
     targets[3] = -1
     fewer = dataclasses.replace(problem, targets=targets)
-    variant = ALL["cce_unbiased"].with_eps(2.0**-5)
+    variant = dataclasses.replace(ALL["cce_unbiased"].with_eps(2.0**-5), centred=False)  # a centre is made of others
     whole, part = gradients(problem, variant, 9)[0], gradients(fewer, variant, 9)[0]
     allowed = bound(problem, Plan(variant), Objective("sum"), seed=9)
     rest = torch.arange(12) != 3

@@ -27,7 +27,7 @@ from .tiles import (
     vocabulary_order,
 )
 
-__all__ = ["backward", "mean_row"]
+__all__ = ["backward", "centres", "count_kept"]
 
 NEGLIGIBLE = -1024.0  # exp of less is 0 in fp64 too
 MOST_GATHERED = 1024  # tokens whose rows are gathered at a time
@@ -91,7 +91,7 @@ class Backward:
         # Without a softcap the smoothing part -sigma_i w_j is rank one and stays out of the operand.
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
-        self.centre = mean_row(problem.c, heads.lse.dtype) if is_centred(problem, plan, upstream) else None
+        self.centred = is_centred(problem, plan, upstream)
 
     def weight(self, columns: Columns) -> Tensor:
         """Column weights (columns,) of the smoothing part."""
@@ -172,6 +172,7 @@ class Backward:
         d_bias = torch.zeros(problem.v, dtype=dtype, device=problem.c.device) if need_bias else None
         weighted_c = problem.e.new_zeros(problem.d, dtype=dtype)  # sum_j w_j c_j
         row_sums = problem.e.new_zeros(problem.n, dtype=dtype)  # of dZ under the filter of dE, without the label
+        counts = problem.e.new_zeros(2, problem.v, dtype=dtype) if self.centred else None
         weighted_e = self.weighted_embeddings() if self.smooth_apart and need_c else None
 
         for columns in column_blocks(problem, self.order, width):
@@ -191,6 +192,8 @@ class Backward:
                 if d_e is not None and y_e is not None:
                     d_e.add(index, y_e @ c)
                     row_sums[index] += y_e.sum(1)
+                    if counts is not None:
+                        count_kept(counts, y_e, index, columns)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
                     if sum_c is not None:
@@ -208,7 +211,7 @@ class Backward:
             if d_bias is not None:
                 d_bias[columns.index] = bias_sum
         if d_e is not None:
-            self.finish_embeddings(d_e, weighted_c, row_sums)
+            self.finish_embeddings(d_e, weighted_c, row_sums, None if counts is None else centres(counts, problem.c))
         return (
             None if d_e is None else d_e.result(self.partial_e),
             d_c,
@@ -234,7 +237,7 @@ class Backward:
             if sum_c is not None:
                 sum_c.add_repeated(place, x[:, None] * self.problem.e[index].to(x.dtype))
 
-    def finish_embeddings(self, d_e: Accumulator, weighted_c: Tensor, row_sums: Tensor) -> None:
+    def finish_embeddings(self, d_e: Accumulator, weighted_c: Tensor, row_sums: Tensor, centre: Tensor | None) -> None:
         """The parts of dE that stay out of the operand: the target's, the smoothing's and the centre's."""
         if not (self.variant.label_apart or self.smooth_apart):
             return
@@ -246,19 +249,28 @@ class Backward:
                 here = targets < self.problem.v
                 part = x[:, None] * self.problem.c[torch.where(here, targets, 0)].to(x.dtype)
                 part = torch.where(here[:, None], part, 0)  # not the target's term of another process's column
-                if self.centre is not None:
-                    part = part - (row_sums[index] + x)[:, None] * self.centre  # whose exact sum is 0
+                if centre is not None:
+                    excess = row_sums[index] + x  # of a sum that is 0
+                    part = part - excess[:, None] * centre[as_ids(index, x) % 2]
             if self.smooth_apart:
                 part = part - self.factors.sigma[index][:, None] * weighted_c  # type: ignore[index]
             d_e.add(index, part)
 
 
-def mean_row(c: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean (D,) of the rows of c (V, D)."""
-    total = torch.zeros(c.shape[1], dtype=dtype, device=c.device)
-    for rows in c.split(MOST_GATHERED):
-        total += rows.to(dtype).sum(0)
-    return total / max(len(c), 1)
+def count_kept(counts: Tensor, x: Tensor, index: slice | Tensor, columns: Columns) -> None:
+    """counts (2, V) += how many entries of dZ x (rows, columns) are kept, by column, for even and odd tokens."""
+    kept = counts.new_zeros(2, x.shape[1]).index_add_(0, as_ids(index, x) % 2, (x != 0).to(counts.dtype))
+    counts[:, columns.index] += kept
+
+
+def centres(counts: Tensor, c: Tensor) -> Tensor:
+    """(2, D): what even and odd tokens take from the rows of c (V, D), the mean row of what is kept for the others; 0
+    where nothing is.
+    """
+    total = counts.new_zeros(2, c.shape[1])
+    for part, rows in zip(counts.split(MOST_GATHERED, 1), c.split(MOST_GATHERED)):
+        total += part @ rows.to(total.dtype)
+    return (total / counts.sum(1, keepdim=True).clamp(min=1)).flip(0)
 
 
 def as_ids(index: slice | Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..numerics import FilterKind, unit_roundoff
 from ..problem import Heads, Plan, Problem, Statistics, Upstream
 from ..promise import Seen, distances, row_norms
-from .backward import Backward, as_ids
+from .backward import Backward, as_ids, centres, count_kept
 from .filters import sampled, tile_survives
 from .tiles import block_shape, column_blocks, row_blocks
 
@@ -60,27 +60,34 @@ def seen_of(pass_: Backward) -> Seen:
     problem, heads, filt, seed = pass_.problem, pass_.heads, pass_.variant.filter_e, pass_.seed
     eps, first, alpha = filt.threshold(problem.operand_dtype), problem.first_column, pass_.factors.alpha
     mass = torch.exp(-heads.nll)
-    energies = [heads.lse.new_zeros(()), heads.lse.new_zeros(())]
+    energy_c, squares, counts = heads.lse.new_zeros(()), *(heads.lse.new_zeros(2, problem.v) for _ in range(2))
     norms_e, norms_c = row_norms(problem)
-    if (centre := pass_.centre) is not None:
-        along = torch.cat([rows.to(centre.dtype) @ centre for rows in problem.c.split(1024)])
-        norms_c = distances(norms_c, along, centre)
     height, width = block_shape(problem, Plan(pass_.variant), by_tile=False)
     for columns in column_blocks(problem, pass_.order, width):
         c = problem.c[columns.index].to(problem.compute_dtype)
         for index in row_blocks(problem, pass_.rows, height):
             e = problem.e[index].to(problem.compute_dtype)
             block = pass_.block(e, c, index, columns)
-            small = block.p < eps
+            small, ids, tokens = block.p < eps, as_ids(columns.index, block.p) + first, as_ids(index, block.p)
             mass[index] += torch.where(small, 0, block.p).sum(1)
-            ids = as_ids(columns.index, block.p) + first
-            sides = (True, norms_c[columns.index]), (False, norms_e[index][:, None])
-            for side, (over_columns, norms) in enumerate(sides):
-                drawn = sampled(block.p, filt, eps, seed, as_ids(index, block.p), columns, ids, over_columns, first)
-                x = torch.where(small, drawn, 0) * alpha[index][:, None]
-                x = x if block.slope is None else x * block.slope
-                energies[side] += (x * norms).square().sum()
-    return Seen(alpha, mass, energies[0], energies[1], (norms_e, norms_c))
+            for_e, for_c = (sampled(block.p, filt, eps, seed, tokens, columns, ids, x, first) for x in (True, False))
+            count_kept(counts, for_e * alpha[index][:, None], index, columns)
+            factor = alpha[index][:, None] if block.slope is None else alpha[index][:, None] * block.slope
+            drawn_e, drawn_c = (torch.where(small, x, 0) * factor for x in (for_e, for_c))
+            by_column = drawn_e.square()
+            squares[:, columns.index] += torch.zeros_like(squares[:, : by_column.shape[1]]).index_add_(
+                0, tokens % 2, by_column
+            )
+            energy_c += (drawn_c * norms_e[index][:, None]).square().sum()
+    if pass_.centred:
+        norms_c = torch.stack([_from(centre, problem.c, norms_c) for centre in centres(counts, problem.c)])
+    return Seen(alpha, mass, (squares * norms_c.square()).sum(), energy_c, (norms_e, norms_c))
+
+
+def _from(centre: Tensor, c: Tensor, norms: Tensor) -> Tensor:
+    """(V,) distances of the rows of c (V, D), of these norms, from a centre."""
+    along = torch.cat([rows.to(centre.dtype) @ centre for rows in c.split(1024)])
+    return distances(norms, along, centre)
 
 
 def _inflate(problem: Problem, heads: Heads, deviation: Tensor, longest_c: Tensor) -> Tensor:

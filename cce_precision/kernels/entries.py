@@ -143,10 +143,13 @@ def rows_kernel(
     entry_starts,  # (N + 1,) int32 kept entries of each token
     columns,  # (capacity of entries,) int32, out
     weights,  # (capacity of entries,) fp32, out
+    counts,  # (2, V) int32: entries of each column, of even and of odd tokens, in and out; or unused
     fits,
+    v,
     steps,
     HITS: tl.constexpr,
     WIDTH: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """The kept entries of one token, by column."""
     if tl.load(fits) != 0:
@@ -169,6 +172,8 @@ def rows_kernel(
             to = place + tl.cumsum(kept, 0) - 1
             tl.store(columns + to, column, mask=kept != 0)
             tl.store(weights + to, x, mask=kept != 0)
+            if COUNTED:
+                tl.atomic_add(counts + row % 2 * v + column, 1, mask=kept != 0, sem="relaxed")
             place += tl.sum(kept, 0)
 
 
@@ -209,6 +214,7 @@ class Entries:
     lists: Lists
     buffers: Buffers
     starts: Tensor  # (N + 1,) int32: entries of token i are starts[i] to starts[i + 1]
+    counts: Tensor | None  # (2, V) int32: entries of each column, of even and of odd tokens; where wanted
     dense: Tensor  # () int32: 1 where a capacity did not hold them, and nothing here counts
 
 
@@ -219,6 +225,7 @@ def entries_of(
     filt: ElementFilter,
     lists: Lists,
     buffers: Buffers,
+    counted: bool,  # whether the entries of each column are
 ) -> Entries:
     """The entries that the filter keeps among the hits; fills the buffers."""
     n, v, c, bias = problem.n, problem.v, problem.c, problem.bias
@@ -259,6 +266,7 @@ def entries_of(
     starts = torch.zeros(n + 1, dtype=torch.int32, device=e.device)
     torch.cumsum(counts[:n], 0, dtype=torch.int32, out=starts[1:])
     fits = lists.fits * (starts[-1] <= room)
+    by_column = torch.zeros((2, v), dtype=torch.int32, device=e.device) if counted else None
     rows_kernel[(n,)](
         buffers.masks,
         buffers.offsets,
@@ -270,18 +278,21 @@ def entries_of(
         starts,
         buffers.columns,
         buffers.weights,
+        starts if by_column is None else by_column,
         fits,
+        v,
         n.bit_length(),
         HITS=32,
         WIDTH=BLOCK,
+        COUNTED=counted,
         num_warps=1,
     )
-    return Entries(lists, buffers, starts, 1 - fits)
+    return Entries(lists, buffers, starts, by_column, 1 - fits)
 
 
 @entry
 @triton.jit
-def seen_kernel(starts, columns, weights, dense, alpha, norms, out, n, drawn, ENTRIES: tl.constexpr):
+def seen_kernel(starts, columns, weights, dense, alpha, norms, out, n, stride, drawn, ENTRIES: tl.constexpr):
     row = tl.program_id(0)
     unit = tl.load(alpha + row)
     most = tl.abs(unit) * drawn
@@ -293,7 +304,7 @@ def seen_kernel(starts, columns, weights, dense, alpha, norms, out, n, drawn, EN
     for i in range(tl.load(starts + row), last, ENTRIES):
         entry = i + tl.arange(0, ENTRIES)
         x = tl.load(weights + entry, mask=entry < last, other=0.0)
-        norm = tl.load(norms + tl.load(columns + entry, mask=entry < last, other=0))
+        norm = tl.load(norms + row % 2 * stride + tl.load(columns + entry, mask=entry < last, other=0))
         below = tl.abs(x) <= most
         mass += tl.where(below, 0.0, x)
         square = tl.where(below, x * x, 0.0)
@@ -317,11 +328,12 @@ def seen_of(
     out = torch.empty((3, n), dtype=torch.float32, device=nll.device)
     norms = row_norms(problem)
     if centre is not None:
-        norms = norms[0], distances(norms[1], matvec(problem.c, centre), centre)
+        norms = norms[0], torch.stack([distances(norms[1], matvec(problem.c, x), x) for x in centre])
     drawn = filt.eps * (1 + 2.0**-20) if filt.kind == STOCHASTIC else 0.0
     alpha = terms.terms[1]
     columns, weights = entries.buffers.columns, entries.buffers.weights
     seen_kernel[(n,)](
-        entries.starts, columns, weights, entries.dense, alpha, norms[1], out, n, drawn, ENTRIES=64, num_warps=1
-    )
+        entries.starts, columns, weights, entries.dense, alpha, norms[1], out, n, 0 if centre is None else problem.v,
+        drawn, ENTRIES=64, num_warps=1,
+    )  # fmt: skip
     return Seen(alpha, out[0] + torch.exp(-nll), out[2].sum(), (out[1] * norms[0].square()).sum(), norms)

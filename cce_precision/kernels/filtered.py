@@ -62,11 +62,10 @@ def backward_filtered(
     if problem.n == 0:
         return no_tokens(problem, plan, need)
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
-    centred = need[0] and is_centred(problem, plan, upstream)
-    centre = weighted_sum(problem.c, None) / problem.v if centred else None
     if kept_filter(problem, plan) is None:
-        return dense(problem, plan, clean_rows(problem), terms, need, seed, centre)
-    return sparse(problem, plan, heads, terms, need, seed, record, centre)
+        return dense(problem, plan, clean_rows(problem), terms, need, seed)
+    centred = need[0] and is_centred(problem, plan, upstream)
+    return sparse(problem, plan, heads, terms, need, seed, record, centred)
 
 
 def side_filter(
@@ -152,7 +151,7 @@ def sparse(
     need: tuple[bool, bool, bool],
     seed: Tensor,
     record: Tensor | None,
-    centre: Tensor | None,  # (D,) fp32 that dE takes from the rows of c
+    centred: bool,
 ) -> Gradients:
     """The kept entries as a sparse matrix, the tail of a subset filter by small dense products; or the exact gradient,
     where the entries do not fit or their filter cannot keep plan.tolerance.
@@ -166,7 +165,8 @@ def sparse(
     kept = ElementFilter.of(filt, problem.operand_dtype, seed)
     lists = lists_of(words, problem.c, lse, buffers.tokens, buffers.blocks)
     del words
-    entries = entries_of(problem, e, terms, kept, lists, buffers)
+    entries = entries_of(problem, e, terms, kept, lists, buffers, centred)
+    centre = None if entries.counts is None else centres(problem, entries.counts)
     dense_way = Answer(entries.dense)
     segments = TokensByTarget.of(problem.targets, v)
     shift_c = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
@@ -194,6 +194,13 @@ def sparse(
     if plan.tolerance is not None or buffers.values.numel() < n * -(-v // BLOCK) * BLOCK:
         exact_where(problem, terms, segments, workspace.pool, d_e, d_c, d_bias, shift_e, shift_c, dense_way)
     return d_e, d_c, finish_bias(problem, terms, d_bias)
+
+
+def centres(problem: Problem, counts: Tensor) -> Tensor:
+    """(2, D) fp32: what even and odd tokens take from the rows of c in dE, the mean row of the entries of the others,
+    counted by column (2, V); 0 where there are none.
+    """
+    return (weighted_sum(problem.c, counts.float()) / counts.sum(1, keepdim=True).clamp(min=1)).flip(0)
 
 
 def tail_of_rows(problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | None, d_c: Tensor | None) -> Tensor:
@@ -246,13 +253,7 @@ def tail_by_runs(
 
 
 def dense(
-    problem: Problem,
-    plan: Plan,
-    e: Tensor,
-    terms: RowTerms,
-    need: tuple[bool, bool, bool],
-    seed: Tensor,
-    centre: Tensor | None,  # (D,) fp32 that dE takes from the rows of c
+    problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, need: tuple[bool, bool, bool], seed: Tensor
 ) -> Gradients:
     """By runs of columns, dZ of each side under its filter and a library product: for any filters at all."""
     need_e, need_c, need_bias = need
@@ -276,7 +277,6 @@ def dense(
     d_c = torch.empty((v, d), dtype=problem.c.dtype, device=device) if need_c else None
     sum_c = torch.empty((width, d), dtype=torch.float32, device=device) if need_c else None
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
-    excess = terms.label.clone()  # of each row of dZ, whose exact sum is 0
 
     for start in range(0, v, width):
         index = slice(start, min(start + width, v))
@@ -299,12 +299,8 @@ def dense(
             if total_e is not None and rows:
                 for x in operands:
                     accumulate_product(total_e, x, c, False)
-                if centre is not None:
-                    excess += torch.stack([x.sum(1, dtype=torch.float32) for x in operands]).sum(0)
     d_e = None
     if total_e is not None:
-        if centre is not None:
-            total_e.addr_(excess, centre, alpha=-1)
         d_e = torch.empty_like(total_e) if plan.partial_e else e  # read for the last time
         scale_into(d_e, total_e, terms.scale)
     return d_e, d_c, finish_bias(problem, terms, d_bias)

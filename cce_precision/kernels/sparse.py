@@ -36,7 +36,7 @@ def finish_rows_kernel(
     label,  # (N,) fp32
     sigma,  # (N,) fp32
     shift,  # (D,) fp32 or unused
-    centre,  # (D,) fp32 or unused: the mean of the rows of c, see numerics.Variant
+    centre,  # (2, D) fp32 of even and odd tokens, see numerics.Variant; or unused
     scale,  # () fp32
     starts,  # (N + 1,) int32
     columns,  # int32
@@ -70,7 +70,7 @@ def finish_rows_kernel(
         total += tl.sum(acc, 0)
         if FLAGS[2]:
             excess = tl.sum(mass, 0) + tl.load(label + row)
-            total -= excess * tl.load(centre + j, mask=j < d, other=0.0)
+            total -= excess * tl.load(centre + row % 2 * d + j, mask=j < d, other=0.0)
         total *= tl.load(scale)
         tl.store(out + wide(d) * row + j, round_to(total, out.dtype.element_ty), mask=j < d)
 
@@ -82,10 +82,11 @@ def finish_rows(
     out: Tensor,  # (N, D) contiguous
     base: Tensor | None,  # (N, D) fp32
     shift: Tensor | None,  # (D,) fp32, where there is no base
-    centre: Tensor | None,  # (D,) fp32
+    centre: Tensor | None,  # (2, D) fp32
 ) -> None:
-    """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, minus the
-    sum of the entries and the label times the centre, scaled and rounded once. Not done where entries.dense is 1.
+    """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, minus
+    the sum of the entries and the label times the token's centre, scaled and rounded once. Not done where
+    entries.dense is 1.
     """
     features = min(512, max(16, next_power_of_2(problem.d)))
     finish_rows_kernel[(problem.n, cdiv(problem.d, features))](

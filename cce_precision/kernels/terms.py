@@ -309,8 +309,8 @@ def finish_columns(
 @triton.jit
 def weighted_sum_kernel(
     x,  # (R, D)
-    weight,  # (R,) fp32 or unused
-    out,  # (blocks, D) fp32
+    weight,  # (SUMS, R) fp32 or unused
+    out,  # (SUMS, blocks, D) fp32
     rows,
     d,
     rows_a_block,
@@ -318,31 +318,36 @@ def weighted_sum_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     block = tl.program_id(0)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    which = tl.arange(0, SUMS)
+    total = tl.zeros((SUMS, ROWS, COLUMNS), tl.float32)
     first = wide(rows_a_block) * block
     for i in range(first, tl.minimum(first + rows_a_block, rows), ROWS):
         r = i + tl.arange(0, ROWS)
         inside = (r < rows) & (r < first + rows_a_block)
-        w = tl.full((ROWS,), 1.0, tl.float32)
+        w = tl.full((SUMS, ROWS), 1.0, tl.float32)
         if WEIGHT:
-            w = tl.load(weight + r, mask=inside, other=0.0)
-            inside &= w != 0
+            w = tl.load(weight + which[:, None] * wide(rows) + r[None, :], mask=inside[None, :], other=0.0)
+            inside &= tl.max((w != 0).to(tl.int32), 0) != 0
         place = r[:, None] * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
-        total += w[:, None] * tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
-    tl.store(out + wide(d) * block + j, tl.sum(total, 0), mask=j < d)
+        value = tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
+        total += w[:, :, None] * value[None, :, :]
+    to = out + (which[:, None] * tl.num_programs(0) + block) * wide(d) + j[None, :]
+    tl.store(to, tl.sum(total, 1), mask=(j < d)[None, :])
 
 
 def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
     """sum_i weight_i x_i (D,) fp32 over the rows of x (R, D), of which those of weight 0 are not read; fixed order, no
-    atomics.
+    atomics. Of weights (S, R), S a power of two, the S sums (S, D).
     """
     rows, d = x.shape
+    sums = 1 if weight is None or weight.dim() == 1 else weight.shape[0]
     blocks = max(1, min(256, cdiv(rows, 64)))
     rows_a_block = cdiv(cdiv(rows, blocks), 16) * 16
-    out = torch.empty((blocks, d), dtype=torch.float32, device=x.device)
+    out = torch.empty((sums, blocks, d), dtype=torch.float32, device=x.device)
     columns = 128
     weighted_sum_kernel[(blocks, cdiv(d, columns))](
         x,
@@ -355,8 +360,10 @@ def weighted_sum(x: Tensor, weight: Tensor | None) -> Tensor:
         ROWS=16,
         COLUMNS=columns,
         WEIGHT=weight is not None,
+        SUMS=sums,
     )
-    return out.sum(0)
+    total = out.sum(1)
+    return total if weight is not None and weight.dim() == 2 else total[0]
 
 
 @entry
