@@ -58,7 +58,7 @@ def small_kernels() -> dict[Any, dict[str, Any]]:
     kept = {
         **dict.fromkeys(("weights", "alpha", "norms", "out"), FP32),
         **dict.fromkeys(("starts", "columns", "dense"), I32),
-        "n": "i32",
+        **dict.fromkeys(("n", "stride"), "i32"),
         "drawn": "fp32",
         "ENTRIES": Constant(64),
     }
@@ -71,7 +71,7 @@ def small_kernels() -> dict[Any, dict[str, Any]]:
         terms.label_rows_kernel: rows | {"COLUMNS": Constant(1024)},
         terms.matvec_kernel: rows,
         terms.scale_kernel: rows | {"out": "*bf16", "unit": FP32, "BLOCK": Constant(4096)},
-        terms.weighted_sum_kernel: rows | {"COLUMNS": Constant(128)},
+        terms.weighted_sum_kernel: rows | {"COLUMNS": Constant(128), "SUMS": Constant(2)},
         one_pass_rows.weighted_rows_kernel: rows | {"out": "*bf16"},
         entries.seen_kernel: kept,
     }

@@ -329,10 +329,13 @@ def test_lists(arch: str) -> None:
         "entry_starts": I32,
         "columns": I32,
         "weights": FP32,
+        "counts": I32,
         "fits": I32,
+        "v": "i32",
         "steps": "i32",
         "HITS": Constant(32),
         "WIDTH": Constant(16),
+        "COUNTED": Constant(True),
     }
     check(rows, entries.rows_kernel, arch, num_warps=1)
     members = {
