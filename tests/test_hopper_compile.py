@@ -37,8 +37,7 @@ DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, spl
 )
 @pytest.mark.parametrize(
     "which",
-    ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS]
-    + ["forward cluster", "dz cluster", "powers cluster", "split cluster", "input", "kahan"],
+    ["forward", "forward softcap", "forward record", "forward softcap record", *DZ_FLAGS] + ["input", "kahan"],
 )
 def test_warp_specialised_kernels(which: str) -> None:
     """Two consumers of 240 registers a thread: 168 on average."""
@@ -46,16 +45,13 @@ def test_warp_specialised_kernels(which: str) -> None:
 
     from cce_precision.kernels import hopper, hopper_dz, hopper_tiles
 
-    cluster = 2 if "cluster" in which else 1
-    which = which.removesuffix(" cluster")
     logits = {
         "e": hopper_matrix(64, 64),
-        "c": hopper_matrix(256 // cluster, 64),
+        "c": hopper_matrix(256, 64),
         "targets": I64,
         "n": "i32",
         "d": "i32",
         "GROUP": Constant(16),
-        "CLUSTER": Constant(cluster),
     }
     if "forward" in which:
         kernel = hopper.hopper_forward_kernel
@@ -134,9 +130,9 @@ PRODUCT_FLAGS = {  # (dC, split, label apart, dE, active)
 @pytest.mark.skipif(
     not triton.__version__.startswith("3.6."), reason="Gluon is experimental: hopper.py is written for 3.6"
 )
-@pytest.mark.parametrize(("consumers", "cluster"), [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize("which", PRODUCT_FLAGS)
-def test_products(which: str, consumers: int, cluster: int) -> None:
+def test_products(which: str, consumers: int) -> None:
     """Two consumers of 240 registers a thread, or three of 160: there what finishes a tile of dC puts some by."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -146,7 +142,7 @@ def test_products(which: str, consumers: int, cluster: int) -> None:
     arguments: dict[str, Any] = {
         "dz": hopper_matrix(64, 64),
         "dz_low": hopper_matrix(64, 64) if PRODUCT_FLAGS[which][1] else "*bf16",
-        **dict.fromkeys(("e", "c"), hopper_matrix(64, 256 // cluster)),
+        **dict.fromkeys(("e", "c"), hopper_matrix(64, 256)),
         "out": hopper_matrix(64, 64),
         "sum_e": sums,
         "labels": ("*bf16", I64, FP32, I64, I32, FP32),
@@ -157,7 +153,6 @@ def test_products(which: str, consumers: int, cluster: int) -> None:
         "FLAGS": Constant(PRODUCT_FLAGS[which]),
         "CONSUMERS": Constant(consumers),
         "STAGES": Constant(3),
-        "CLUSTER": Constant(cluster),
     }
     used = resources(GluonASTSource, hopper_product_kernel, arguments, "sm_90", num_warps=4)
     spills = 320 if PRODUCT_FLAGS[which][0] and consumers == 3 else 0
@@ -165,33 +160,3 @@ def test_products(which: str, consumers: int, cluster: int) -> None:
     assert (
         used["stack"] <= spills and used["registers"] <= (168, 128)[consumers - 2] and used["shared"] <= SHARED["sm_90"]
     ), used
-
-
-COPY = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd2, {%r3, %r4}], [%r5]"
-ARRIVE = "@%p6 mbarrier.arrive.shared::cta.b64 _, [%r7+8]"
-
-
-def test_what_a_mark_becomes() -> None:
-    """The marked copy goes to both programs, every arrival to both barriers; without marks nothing is another's."""
-    from cce_precision.kernels.hopper_cluster import MARK, completed
-
-    def ptx(mark: str) -> str:
-        return f".reqntid 384\n{mark}\n{COPY};\n{COPY};\n{ARRIVE};\n"
-
-    assert completed(ptx("")) == ptx("")
-    lines = completed(ptx(f"{MARK.value} mov.b32 %r8, %r9;")).splitlines()
-    assert lines[:2] == [".reqntid 384", ".reqnctapercluster 2, 1, 1"]
-    multicast = COPY.replace("bytes [", "bytes.multicast::cluster [")
-    assert [x for x in lines if x.startswith("cp.")] == [f"{multicast}, 3;", f"{COPY};"]
-    arrivals = [x.strip() for x in lines if "arrive" in x]
-    assert arrivals == [f"{ARRIVE};", "@%p6 mbarrier.arrive.shared::cluster.b64 _, [cce_at];"]
-    assert "\tadd.u32 cce_at, %r7, 8;" in lines and "\tmapa.shared::cluster.u32 cce_at, cce_at, cce_other;" in lines
-    with pytest.raises(AssertionError):
-        completed(f".reqntid 384\n{MARK.value}\n")  # a mark without its copy
-
-
-def test_a_mark_without_the_hook_does_not_assemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", None)
-    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    with pytest.raises(Exception, match="ptxas"):
-        test_products("frozen c", 2, 2)

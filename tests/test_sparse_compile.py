@@ -92,8 +92,7 @@ def test_hits(arch: str, forward: bool, drawn: bool) -> None:
 )
 @pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_warp_specialised_hits(cluster: int, softcap: bool, drawn: bool) -> None:
+def test_warp_specialised_hits(softcap: bool, drawn: bool) -> None:
     """Two consumers of 240 registers a thread: 168 on average."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -101,7 +100,7 @@ def test_warp_specialised_hits(cluster: int, softcap: bool, drawn: bool) -> None
 
     arguments = {
         "e": hopper_matrix(64, 64),
-        "c": hopper_matrix(256 // cluster, 64),
+        "c": hopper_matrix(256, 64),
         "bias": "*bf16",
         "targets": I64,
         **dict.fromkeys(("bounds", "partial", "target_logit"), FP32),
@@ -115,7 +114,6 @@ def test_warp_specialised_hits(cluster: int, softcap: bool, drawn: bool) -> None
         "FLAGS": Constant((softcap, softcap, drawn)),
         "GROUP": Constant(16),
         "STAGES": Constant(4),
-        "CLUSTER": Constant(cluster),
     }
     used = resources(GluonASTSource, hopper_hits.hopper_hits_kernel, arguments, "sm_90", num_warps=4)
     spills = 16 if softcap else 0  # addresses, outside the loops

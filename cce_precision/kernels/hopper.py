@@ -21,10 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..problem import Problem
 from .entry import Tiles, entry
-from .hopper_cluster import init_fence, meet, to_all
 from .launch import cdiv
 from .primitives import decay_of, either, reference_of
-from .schedule import cluster_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
 BAND = gl.constexpr(64)  # rows of one consumer
@@ -32,12 +30,6 @@ CONSUMERS = gl.constexpr(2)  # of the kernels that compute logits: what they do 
 ROWS = gl.constexpr(128)  # of a tile of logits
 COLUMNS = gl.constexpr(256)
 DEPTH = gl.constexpr(64)  # features of one step
-
-
-@gluon.jit
-def blocks_of(n, CLUSTER: gl.constexpr):
-    """How many blocks of rows the clusters have."""
-    return (n + CLUSTER * ROWS - 1) // (CLUSTER * ROWS)
 
 
 @gluon.jit
@@ -85,14 +77,13 @@ def operands(e, c, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr = 1):
+def barriers(CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     """The ring's barriers: a stage is full when its copies have arrived, and free when all consumers have read it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=CONSUMERS * CLUSTER)
-    init_fence(CLUSTER)
+        mbarrier.init(free.index(i), count=CONSUMERS)
     return full, free
 
 
@@ -115,16 +106,11 @@ def copy_tiles(
     CHOSEN: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     """The producer: tiles of e and c into the ring, in the order in which the consumers take them.
 
-    Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block. Row blocks are
-    those of a cluster.
+    Units first, first + step, ... below last; `fixed` >= 0: units are column tiles of that row block.
     """
-    meet(CLUSTER)
-    rank = gl.program_id(0) % CLUSTER
-    parts = right._reinterpret(c.dtype, [STAGES * CLUSTER, COLUMNS // CLUSTER, DEPTH], c.layout)
     count = 0
     for unit in range(first, last, step):
         block, tile = place_of(unit, blocks, tiles, GROUP)
@@ -137,15 +123,12 @@ def copy_tiles(
         for k in range(0, d, DEPTH):
             stage = count % STAGES
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-            expect(full.index(stage), CONSUMERS * e.block_type.nbytes + CLUSTER * c.block_type.nbytes)
+            expect(full.index(stage), CONSUMERS * e.block_type.nbytes + c.block_type.nbytes)
             for which in gl.static_range(CONSUMERS):
-                row = ((block * CLUSTER + rank) * CONSUMERS + which) * BAND
+                row = (block * CONSUMERS + which) * BAND
                 tma.async_copy_global_to_shared(e, [row, k], full.index(stage), left.index(stage * CONSUMERS + which))
-            column = tile * COLUMNS + rank * (COLUMNS // CLUSTER)
-            to_all(CLUSTER)
-            tma.async_copy_global_to_shared(c, [column, k], full.index(stage), parts.index(stage * CLUSTER + rank))
+            tma.async_copy_global_to_shared(c, [tile * COLUMNS, k], full.index(stage), right.index(stage))
             count += 1
-    meet(CLUSTER)
 
 
 @gluon.jit
@@ -231,7 +214,7 @@ def store_partial(partial, m, s, rows, inside, split, splits, n):
 
 
 @gluon.jit
-def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, WHICH: gl.constexpr):
+def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer of the forward pass: running maximum and sum of its rows over column tiles first to last."""
     (
         left, right, full, free, targets, bias, partial, target_logit, bounds, record, block, split, first,
@@ -248,7 +231,6 @@ def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.
     s = gl.zeros([BAND], gl.float32, by_row)
     count = 0
     lowest = m
-    meet(CLUSTER)
     for tile in range(first, last):
         if FLAGS[2]:
             lowest = gl.load(bounds + rows, mask=inside, other=float("inf"), volatile=True)
@@ -268,14 +250,13 @@ def softmax_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.
                 out = record + gl.to_tensor(first_row // 128).to(gl.int64) * ((v + 255) // 256 * 8) + tile * 8 + place
                 gl.atomic_or(out, words, mask=words != 0)
     store_partial(partial, m, s, rows, inside, split, splits, n)
-    meet(CLUSTER)
 
 
 @entry
 @gluon.jit
 def hopper_forward_kernel(
     e,  # (N, D) descriptor, tiles (64, 64)
-    c,  # (V, D) descriptor, tiles (256, 64), of a cluster (128, 64)
+    c,  # (V, D) descriptor, tiles (256, 64)
     targets,  # (N,) int64
     bias,  # (V,) or unused
     partial,  # (2, splits, N) fp32
@@ -293,12 +274,10 @@ def hopper_forward_kernel(
     FLAGS: gl.constexpr,  # (bias, softcap, record)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     left, right = operands(e, c, STAGES)
-    full, free = barriers(CONSUMERS, STAGES, CLUSTER)
-    own, split = place_of(gl.program_id(0) // CLUSTER, blocks_of(n, CLUSTER), splits, GROUP)
-    block = own * CLUSTER + gl.program_id(0) % CLUSTER
+    full, free = barriers(CONSUMERS, STAGES)
+    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -307,10 +286,10 @@ def hopper_forward_kernel(
         last, n, v, d, splits, scale, softcap, threshold,
     )  # fmt: skip
     specialize(
-        softmax_band, (shared, FLAGS, STAGES, CLUSTER), CONSUMERS, copy_tiles,
+        softmax_band, (shared, FLAGS, STAGES), CONSUMERS, copy_tiles,
         (
-            e, c, left, right, full, free, first, last, one, own, one, one, d, targets, gl.constexpr(False), GROUP,
-            STAGES, CLUSTER,
+            e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
+            STAGES,
         ),
     )  # fmt: skip
 
@@ -334,10 +313,9 @@ def launch_forward(
     """Fills outputs (partial, target_logit, bounds, record) as heads.forward_kernel does; an empty record is unused."""
     partial, target_logit, bounds, record = outputs
     splits, n = partial.shape[1:]
-    cluster = cluster_of(n)
-    hopper_forward_kernel[(cdiv(n, 128 * cluster) * cluster * splits,)](
+    hopper_forward_kernel[(cdiv(n, 128) * splits,)](
         describe(problem.e, 64, 64),
-        describe(problem.c, 256 // cluster, 64),
+        describe(problem.c, 256, 64),
         problem.targets,
         partial if problem.bias is None else problem.bias,
         partial,
@@ -353,8 +331,7 @@ def launch_forward(
         float(problem.softcap or 1.0),
         threshold,
         FLAGS=(problem.bias is not None, problem.softcap is not None, record.numel() > 0),
-        GROUP=max(1, group // cluster),
+        GROUP=group,
         STAGES=4,
-        CLUSTER=cluster,
         num_warps=4,
     )

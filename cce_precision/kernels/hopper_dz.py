@@ -19,7 +19,6 @@ from .hopper import (
     ROWS,
     accumulator,
     barriers,
-    blocks_of,
     copy_tiles,
     describe,
     logits_band,
@@ -28,11 +27,10 @@ from .hopper import (
     specialize,
     tanh,
 )
-from .hopper_cluster import meet
 from .hopper_store import write
 from .launch import cdiv, multiprocessors
 from .record import units_of
-from .schedule import DZ_ROWS, cluster_of
+from .schedule import DZ_ROWS
 from .terms import RowTerms
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ def dz_band(
     FLAGS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     """One consumer of the dZ pass: x = P alpha, the target's entry 0 or the label's term; written through shared
@@ -63,14 +60,12 @@ def dz_band(
     CHOSEN: gl.constexpr = FLAGS[2]
     FILTER: gl.constexpr = FLAGS[3]
     SOFTCAP: gl.constexpr = FLAGS[5]
-    meet(CLUSTER)
     count = 0
-    for unit in range(gl.program_id(0) // CLUSTER, units, gl.num_programs(0) // CLUSTER):
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         block, tile = place_of(unit, blocks, tiles, GROUP)
         if CHOSEN:
             code = gl.load(chosen + 1 + unit)
             block, tile = code // tiles, code % tiles
-        block = block * CLUSTER + gl.program_id(0) % CLUSTER
         acc, count = logits_band(left, right, full, free, count, d, STAGES, WHICH)
         row = (block * CONSUMERS + WHICH) * BAND
         rows = row + gl.arange(0, BAND, by_row)
@@ -116,21 +111,20 @@ def dz_band(
                 x = gl.where(own, gl.load(label + rows, mask=inside, other=0.0)[:, None], x)
         high = x.to(dz.dtype)
         if STATS:  # runs of columns below each other, each with N rounded up to 128 rows
-            run, height = (dz.shape[1] + COLUMNS - 1) // COLUMNS, blocks * (CLUSTER * ROWS)
+            run, height = (dz.shape[1] + COLUMNS - 1) // COLUMNS, blocks * ROWS
             write(out, dz, high, tile // run * height + row, tile % run * COLUMNS, False, 2 * WHICH)
         else:
             write(out, dz, high, row, tile * COLUMNS, False, 2 * WHICH)
         if FLAGS[6]:
             write(out, dz_low, (x - high.to(gl.float32)).to(dz.dtype), row, tile * COLUMNS, False, 2 * WHICH)
     tma.store_wait(0)
-    meet(CLUSTER)
 
 
 @entry
 @gluon.jit
 def hopper_dz_kernel(
     e,  # (N, D) descriptor, tiles (64, 64)
-    c,  # (W, D) descriptor, tiles (256, 64), of a cluster (128, 64)
+    c,  # (W, D) descriptor, tiles (256, 64)
     dz,  # (N, W) descriptor, tiles (64, 128); with statistics (runs x N rounded up to 128, columns of a run)
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
     targets,  # (N,) int64
@@ -150,29 +144,28 @@ def hopper_dz_kernel(
     FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     left, right = operands(e, c, STAGES)
     out = gl.allocate_shared_memory(dz.dtype, [2 * CONSUMERS, BAND, COLUMNS // 2], dz.layout)
-    full, free = barriers(CONSUMERS, STAGES, CLUSTER)
-    blocks = blocks_of(n, CLUSTER)
+    full, free = barriers(CONSUMERS, STAGES)
+    blocks = (n + ROWS - 1) // ROWS
     tiles = (width + COLUMNS - 1) // COLUMNS
     units = blocks * tiles
     if FLAGS[2]:
         units = gl.load(chosen)
     if FLAGS[7]:
         units *= gl.load(active)
-    first, last, step = gl.program_id(0) // CLUSTER, units, gl.num_programs(0) // CLUSTER
+    first, last, step = gl.program_id(0), units, gl.num_programs(0)
     never = gl.to_tensor(-1)
     shared = (
         left, right, full, free, out, dz, dz_low, targets, rows_terms, label, bias, row_stats, chosen, alive,
         n, width, d, start, units, blocks, tiles, temperature, softcap,
     )  # fmt: skip
     specialize(
-        dz_band, (shared, FLAGS, GROUP, STAGES, CLUSTER), CONSUMERS, copy_tiles,
+        dz_band, (shared, FLAGS, GROUP, STAGES), CONSUMERS, copy_tiles,
         (
             e, c, left, right, full, free, first, last, step, never, blocks, tiles, d, chosen, gl.constexpr(FLAGS[2]),
-            GROUP, STAGES, CLUSTER,
+            GROUP, STAGES,
         ),
     )  # fmt: skip
 
@@ -197,16 +190,15 @@ def launch_dz(
     """
     n, width = e.shape[0], run.c.shape[0]
     stats, chosen, alive = outputs.row_stats, outputs.chosen, outputs.alive
-    cluster = cluster_of(n) if chosen is None and alive is None else 1
-    units = cdiv(n, DZ_ROWS * cluster) * cdiv(width, 256)
+    units = cdiv(n, DZ_ROWS) * cdiv(width, 256)
     if chosen is not None:
         chosen = units_of(chosen, group, 1 if alive is None else 2)  # a filter's tiles have 128 columns
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
     split, active = dz_low is not None, outputs.active is not None
     flags = (*optional, run.bias is not None, problem.softcap is not None, split, active)
-    hopper_dz_kernel[(min(units, multiprocessors(e.device) // cluster) * cluster,)](
+    hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
         describe(e, 64, 64),
-        describe(run.c, 256 // cluster, 64),
+        describe(run.c, 256, 64),
         describe(dz, 64, 128),
         e if dz_low is None else describe(dz_low, 64, 128),
         terms.targets,
@@ -224,8 +216,7 @@ def launch_dz(
         float(problem.temperature),
         float(problem.softcap or 1.0),
         FLAGS=flags,
-        GROUP=max(1, group // cluster),
+        GROUP=group,
         STAGES=3,
-        CLUSTER=cluster,
         num_warps=4,
     )

@@ -17,9 +17,9 @@ from .hopper import (
     BAND,
     COLUMNS,
     CONSUMERS,
+    ROWS,
     accumulator,
     barriers,
-    blocks_of,
     copy_tiles,
     describe,
     halves,
@@ -31,10 +31,8 @@ from .hopper import (
     store_partial,
     without_target,
 )
-from .hopper_cluster import meet
 from .launch import cdiv
 from .primitives import BEYOND, column_word, either, row_word
-from .schedule import cluster_of
 
 __all__ = ["launch_hits"]
 
@@ -77,7 +75,7 @@ def drawn_bits(p, limit, by_row, first):
 
 
 @gluon.jit
-def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, WHICH: gl.constexpr):
+def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr):
     """One consumer: softmax and record of its rows over column tiles first to last."""
     (
         left, right, full, free, targets, bias, bounds, partial, target_logit, record, hits, seed, block, split, first,
@@ -96,7 +94,6 @@ def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.con
     )
     m = gl.full([BAND], float("-inf"), gl.float32, by_row)
     s = gl.zeros([BAND], gl.float32, by_row)
-    meet(CLUSTER)
     count = 0
     for tile in range(first, last):
         beyond_room = gl.load(hits + gl.zeros([128], gl.int32, each_thread), volatile=True)
@@ -118,14 +115,13 @@ def hits_band(shared, FLAGS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.con
         place = record + gl.to_tensor(n).to(gl.int64) * tile + rows
         gl.store(place, gl.where(target >= 0, bits, 0).to(gl.int16), mask=inside)
     store_partial(partial, m, s, rows, inside, split, splits, n)
-    meet(CLUSTER)
 
 
 @entry
 @gluon.jit
 def hopper_hits_kernel(
     e,  # (N, D) descriptor, tiles (64, 64)
-    c,  # (V, D) descriptor, tiles (256, 64), of a cluster (128, 64)
+    c,  # (V, D) descriptor, tiles (256, 64)
     bias,  # (V,) or unused
     targets,  # (N,) int64
     bounds,  # (N,) fp32 lower bounds of the lse in base 2
@@ -141,14 +137,12 @@ def hopper_hits_kernel(
     FLAGS: gl.constexpr,  # (bias, softcap, drawn)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     left, right = operands(e, c, STAGES)
-    full, free = barriers(CONSUMERS, STAGES, CLUSTER)
+    full, free = barriers(CONSUMERS, STAGES)
     n, v, d, first_id = shape
     softcap, scale, log_eps = scalars
-    own, split = place_of(gl.program_id(0) // CLUSTER, blocks_of(n, CLUSTER), splits, GROUP)
-    block = own * CLUSTER + gl.program_id(0) % CLUSTER
+    block, split = place_of(gl.program_id(0), (n + ROWS - 1) // ROWS, splits, GROUP)
     first = split * tiles_a_split
     last = gl.minimum(first + tiles_a_split, (v + COLUMNS - 1) // COLUMNS)
     one = gl.to_tensor(1)
@@ -157,10 +151,10 @@ def hopper_hits_kernel(
         last, n, v, d, first_id, splits, scale, softcap, log_eps,
     )  # fmt: skip
     specialize(
-        hits_band, (shared, FLAGS, STAGES, CLUSTER), CONSUMERS, copy_tiles,
+        hits_band, (shared, FLAGS, STAGES), CONSUMERS, copy_tiles,
         (
-            e, c, left, right, full, free, first, last, one, own, one, one, d, targets, gl.constexpr(False), GROUP,
-            STAGES, CLUSTER,
+            e, c, left, right, full, free, first, last, one, block, one, one, d, targets, gl.constexpr(False), GROUP,
+            STAGES,
         ),
     )  # fmt: skip
 
@@ -179,10 +173,9 @@ def launch_hits(
     """Fills record and outputs as the forward walk of hits.hits_kernel does."""
     partial, target_logit, hits = outputs
     n = problem.n
-    cluster = cluster_of(n)
-    hopper_hits_kernel[(cdiv(n, 128 * cluster) * cluster * splits[0],)](
+    hopper_hits_kernel[(cdiv(n, 128) * splits[0],)](
         describe(problem.e, 64, 64),
-        describe(problem.c, 256 // cluster, 64),
+        describe(problem.c, 256, 64),
         bounds if problem.bias is None else problem.bias,
         problem.targets,
         bounds,
@@ -195,8 +188,7 @@ def launch_hits(
         *splits,
         scalars,
         FLAGS=(problem.bias is not None, problem.softcap is not None, drawn),
-        GROUP=max(1, group // cluster),
+        GROUP=group,
         STAGES=4,
-        CLUSTER=cluster,
         num_warps=4,
     )

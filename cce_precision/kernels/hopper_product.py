@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .dz import low_of
 from .entry import Tiles, entry
 from .hopper import BAND, accumulator, barriers, describe, expect, specialize
-from .hopper_cluster import meet, to_all
 from .hopper_store import write
 from .labels import SHORT, Labels
 from .launch import descriptor_fits, hopper_fits, multiprocessors
@@ -54,35 +53,30 @@ def copy_unit(
     TRANSPOSED: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     """The producer's part in one sum: dZ in bands of 64 rows of the output, and as many rows of e or c."""
-    rank = gl.program_id(0) % CLUSTER
-    parts = right._reinterpret(other.dtype, [STAGES * CLUSTER, DEPTH, FEATURES // CLUSTER], other.layout)
     for at in range(0, length, DEPTH):
         stage = step % STAGES
         mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
-        expect(full.index(stage), CONSUMERS * dz.block_type.nbytes + CLUSTER * other.block_type.nbytes)
+        expect(full.index(stage), CONSUMERS * dz.block_type.nbytes + other.block_type.nbytes)
         for which in gl.static_range(CONSUMERS):
             band = left.index(stage * CONSUMERS + which)
             if TRANSPOSED:
                 tma.async_copy_global_to_shared(dz, [at, row + which * BAND], full.index(stage), band)
             else:
                 tma.async_copy_global_to_shared(dz, [row + which * BAND, at], full.index(stage), band)
-        own = feature + rank * (FEATURES // CLUSTER)
-        to_all(CLUSTER)
-        tma.async_copy_global_to_shared(other, [at, own], full.index(stage), parts.index(stage * CLUSTER + rank))
+        tma.async_copy_global_to_shared(other, [at, feature], full.index(stage), right.index(stage))
         step += 1
     return step
 
 
 @gluon.jit
-def unit_of(turn, own, early, ahead, remainder, CLUSTER: gl.constexpr):
-    """The tile of one kind that a program, or a cluster, takes in its turn: `own` of the long kind in rounds of all
+def unit_of(turn, own, early, ahead, remainder):
+    """The tile of one kind that a program takes in its turn: `own` of the long kind in rounds of all
     programs, then of the short kind: `early` in the `ahead` rounds of those with one long tile fewer, the others in
     rounds of all.
     """
-    program, programs = gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
+    program, programs = gl.program_id(0), gl.num_programs(0)
     i = turn - own
     free = programs - remainder  # programs with one long tile fewer
     short = gl.where(i < early, program - remainder + i * free, ahead * free + program + (i - early) * programs)
@@ -111,30 +105,22 @@ def copy_operands(
     SPLIT: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
 ):
     """The producer: what the consumers multiply, in their order."""
-    meet(CLUSTER)
     step = 0
     for turn in range(turns):
-        unit = unit_of(turn, own, early, ahead, remainder, CLUSTER)
-        block = unit // across * CLUSTER + gl.program_id(0) % CLUSTER
-        row, feature = block * (CONSUMERS * BAND), unit % across * FEATURES
+        unit = unit_of(turn, own, early, ahead, remainder)
+        row, feature = unit // across * (CONSUMERS * BAND), unit % across * FEATURES
         if (turn < own) == rows_first:
             if SPLIT:
                 step = copy_unit(
-                    dz_low, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES, CLUSTER
+                    dz_low, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES
                 )
-            step = copy_unit(
-                dz, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES, CLUSTER
-            )
+            step = copy_unit(dz, c, left, right, full, free, step, width, row, feature, False, CONSUMERS, STAGES)
         else:
             if SPLIT:
-                step = copy_unit(
-                    dz_low, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES, CLUSTER
-                )
-            step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES, CLUSTER)
-    meet(CLUSTER)
+                step = copy_unit(dz_low, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES)
+            step = copy_unit(dz, e, left, right, full, free, step, n, row, feature, True, CONSUMERS, STAGES)
 
 
 @gluon.jit
@@ -220,7 +206,6 @@ def multiply_band(
     FLAGS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
     WHICH: gl.constexpr,
 ):
     """One consumer: 64 rows of every tile of its program."""
@@ -233,12 +218,10 @@ def multiply_band(
     n, width, d, start, v = shape
     if FLAGS[0]:
         factor = gl.load(scale)
-    meet(CLUSTER)
     step = 0
     for turn in range(turns):
-        unit = unit_of(turn, own, early, ahead, remainder, CLUSTER)
-        block = unit // across * CLUSTER + gl.program_id(0) % CLUSTER
-        row, feature = (block * CONSUMERS + WHICH) * BAND, unit % across * FEATURES
+        unit = unit_of(turn, own, early, ahead, remainder)
+        row, feature = (unit // across * CONSUMERS + WHICH) * BAND, unit % across * FEATURES
         if (turn < own) == rows_first:
             if FLAGS[3]:
                 acc, step = product_band(
@@ -254,7 +237,6 @@ def multiply_band(
                 acc = add_labels(acc, labels, first, last, start + row, feature, v, d, layout)
             write(staging, out, (acc * factor).to(out.dtype), row, feature, False, 2 * WHICH)
     tma.store_wait(0)
-    meet(CLUSTER)
 
 
 @entry
@@ -262,7 +244,7 @@ def multiply_band(
 def hopper_product_kernel(
     dz,  # (N, W) descriptor, tiles (64, 64)
     dz_low,  # (N, W) descriptor of what rounding dz lost, or unused
-    e,  # (N, D) descriptor, tiles (64, 256), of a cluster (64, 128)
+    e,  # (N, D) descriptor, tiles (64, 256)
     c,  # (W, D) descriptor, tiles as of e
     out,  # (W, D) descriptor, tiles (64, 64): dC of the run; or unused
     sum_e,  # (N, D) descriptor of fp32 sums of dE, tiles (64, 32); or unused
@@ -277,15 +259,14 @@ def hopper_product_kernel(
     FLAGS: gl.constexpr,  # (dC, split, label apart, dE, active)
     CONSUMERS: gl.constexpr,  # of 64 rows of a tile each
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,  # programs whose tiles lie below each other
 ):
     left = gl.allocate_shared_memory(dz.dtype, [CONSUMERS * STAGES, BAND, DEPTH], dz.layout)
     right = gl.allocate_shared_memory(e.dtype, [STAGES, DEPTH, FEATURES], e.layout)
     staging = gl.allocate_shared_memory(out.dtype, [2 * CONSUMERS, BAND, 64], out.layout)
-    full, free = barriers(CONSUMERS, STAGES, CLUSTER)
+    full, free = barriers(CONSUMERS, STAGES)
     n, width, d, start, v = shape
     across = (d + FEATURES - 1) // FEATURES
-    program, programs = gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
+    program, programs = gl.program_id(0), gl.num_programs(0)
     remainder = own_units % programs
     own = (own_units - program + programs - 1) // programs
     early = gl.where(program < remainder, 0, ahead)
@@ -299,10 +280,10 @@ def hopper_product_kernel(
         across, turns, own, early, ahead, remainder, rows_first,
     )  # fmt: skip
     specialize(
-        multiply_band, (shared, FLAGS, CONSUMERS, STAGES, CLUSTER), CONSUMERS, copy_operands,
+        multiply_band, (shared, FLAGS, CONSUMERS, STAGES), CONSUMERS, copy_operands,
         (
             dz, dz_low, e, c, left, right, full, free, n, width, across, turns, own, early, ahead, remainder,
-            rows_first, gl.constexpr(FLAGS[1]), CONSUMERS, STAGES, CLUSTER,
+            rows_first, gl.constexpr(FLAGS[1]), CONSUMERS, STAGES,
         ),
     )  # fmt: skip
 
@@ -343,12 +324,12 @@ def add_products(
     labels = None if columns is None else columns.labels
     positions = (0, 0) if columns is None or labels is None else (columns.start, labels.segments.starts.shape[0] - 1)
     unused = e
-    programs = min(sum(units), multiprocessors(e.device) // deal.cluster) * deal.cluster
+    programs = min(sum(units), multiprocessors(e.device))
     hopper_product_kernel[(programs,)](
         describe(dz, 64, 64),
         unused if low is None else describe(low, 64, 64),
-        describe(e, 64, 256 // deal.cluster),
-        describe(c, 64, 256 // deal.cluster),
+        describe(e, 64, 256),
+        describe(c, 64, 256),
         describe(e if columns is None else columns.out, 64, 64),
         unused if sum_e is None else Tiles(sum_e, (64, 32), SUMS_LAYOUT.value),
         (unused,) * 6 if labels is None else labels.tensors,
@@ -362,6 +343,5 @@ def add_products(
         FLAGS=tuple(x is not None for x in (columns, low, labels, sum_e, active)),
         CONSUMERS=deal.rows // 64,
         STAGES=3,
-        CLUSTER=deal.cluster,
         num_warps=4,
     )

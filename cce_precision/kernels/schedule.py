@@ -6,24 +6,15 @@ A persistent launch is as slow as its last program: with few rounds of tiles a r
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
-__all__ = ["DZ_ROWS", "WIDEST", "Deal", "Schedule", "best_width", "cluster_of", "dealt", "schedule"]
+__all__ = ["DZ_ROWS", "WIDEST", "Deal", "Schedule", "best_width", "dealt", "schedule"]
 
 WIDEST = 16384  # columns a run: tensor cores truncate, and the error of a longer sum would show beside dZ's rounding
 DZ_ROWS = 128  # of a tile of dZ
+# Rows of a tile of the products: time a row, which grows with the copies that it takes.
+_PRODUCT_ROWS = {192: 1.0, 128: 1.03}
 _BETWEEN = 128 * 1024  # depth times rows that a tile would have in the time of two launches' starts and ends
-
-
-def _asked() -> int:
-    text = os.environ.get("CCE_CLUSTER", "1")
-    if text not in ("1", "2"):
-        raise ValueError(f"CCE_CLUSTER must be 1 or 2, got {text!r}")
-    return int(text)
-
-
-CLUSTER = _asked()  # programs that copy for each other, see hopper_cluster.py
 
 
 @dataclass(frozen=True)
@@ -54,30 +45,19 @@ def schedule(n: int, width: int, units_c: int, units_e: int, multiprocessors: in
     return Schedule(rows_first, ahead, time(ahead))
 
 
-def _product_tiles() -> dict[tuple[int, int], float]:
-    """(rows of a tile of the products, programs of a cluster): time a row, which grows with the copies it takes."""
-    return {(192, 1): 1.0, (128, 1): 1.03} if CLUSTER == 1 else {(128, CLUSTER): 1.0, (128, 1): 1.1}
-
-
 @dataclass(frozen=True)
 class Deal:
     """The tiles of one launch of the products."""
 
     rows: int  # of a tile
-    cluster: int  # programs that take tiles below each other
-    units_c: int  # tiles of dC, those of a cluster as one
+    units_c: int  # tiles of dC
     units_e: int  # tiles of dE
     schedule: Schedule
 
     @property
     def cost(self) -> float:
         """Time of the program that ends last, in depth times rows of a tile."""
-        return self.rows * self.schedule.time * _product_tiles()[self.rows, self.cluster]
-
-
-def cluster_of(n: int) -> int:
-    """Programs of a cluster where logits of n tokens are computed: 1 where their blocks cannot be shared evenly."""
-    return CLUSTER if -(-n // DZ_ROWS) % CLUSTER == 0 else 1
+        return self.rows * self.schedule.time * _PRODUCT_ROWS[self.rows]
 
 
 @functools.cache
@@ -85,13 +65,12 @@ def dealt(n: int, width: int, d: int, wanted: tuple[bool, bool], multiprocessors
     """The products `wanted` (of e, of c) of a run, by tiles of the height with which they end soonest."""
     across = -(-d // 256)
 
-    def deal(rows: int, cluster: int) -> Deal:
-        height = rows * cluster
-        units_e, units_c = (-(-size // height) * across if asked else 0 for size, asked in zip((n, width), wanted))
-        plan = schedule(n, width, units_c, units_e, multiprocessors // cluster)
-        return Deal(rows, cluster, units_c, units_e, plan)
+    def deal(rows: int) -> Deal:
+        units_e, units_c = (-(-size // rows) * across if asked else 0 for size, asked in zip((n, width), wanted))
+        plan = schedule(n, width, units_c, units_e, multiprocessors)
+        return Deal(rows, units_c, units_e, plan)
 
-    return min((deal(*tile) for tile in _product_tiles()), key=lambda deal: deal.cost)
+    return min((deal(rows) for rows in _PRODUCT_ROWS), key=lambda deal: deal.cost)
 
 
 @functools.cache
@@ -104,12 +83,11 @@ def best_width(
     Time is the depth of the tiles that one multiprocessor computes after another, times their rows: `_BETWEEN`
     stands for the gaps between launches. Of equal times the widest run.
     """
-    cluster = cluster_of(n)
-    blocks = -(-n // (DZ_ROWS * cluster))
+    blocks = -(-n // DZ_ROWS)
 
     def run(width: int) -> float:
         products = dealt(n, width, d, wanted, multiprocessors).cost if any(wanted) else 0
-        rounds = -(-blocks * -(-width // 256) // (multiprocessors // cluster))
+        rounds = -(-blocks * -(-width // 256) // multiprocessors)
         return DZ_ROWS * rounds * d + parts * products + _BETWEEN
 
     def total(width: int) -> float:
