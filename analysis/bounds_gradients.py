@@ -18,7 +18,7 @@ from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
-from cce_precision.problem import Problem
+from cce_precision.problem import Problem, pairs_a_witness
 
 __all__ = ["Factors", "GradientBounds", "Rows", "is_centred", "tiled_gradients"]
 
@@ -163,10 +163,11 @@ class _Tiled:
         """
         kept, open_ = (torch.zeros(2, len(self.c), dtype=torch.float64, device=self.c.device) for _ in range(2))
         for rows in blocks:
-            x, parity = self.dz(rows, self.variant.filter_e, True).x, rows.index % 2
+            some = rows.index // 2 % pairs_a_witness(self.problem.n) == 0
+            x, parity = self.dz(rows, self.variant.filter_e, True).x, rows.index[some] % 2
             certain = x.value.abs() > x.error
-            kept.index_add_(0, parity, certain.double())
-            open_.index_add_(0, parity, ((x.upper > 0) & ~certain).double())
+            kept.index_add_(0, parity, certain[some].double())
+            open_.index_add_(0, parity, ((x.upper > 0) & ~certain)[some].double())
         number, count, u = kept.sum(1, keepdim=True).clamp(min=1), kept + open_, (2 * len(self.c) + 8) * self.p.u
         value = kept @ self.c / number
         moved = (open_ @ self.absolute_c + open_.sum(1, keepdim=True) * value.abs()) / number

@@ -228,7 +228,7 @@ class _Tiled:
                 if y_e is not None:
                     d_e.add(index, y_e.to(kind) @ c)
                     excess[index] += y_e.to(kind).sum(1)
-                    count_kept(counts, y_e, index, columns)
+                    count_kept(counts, y_e, index, columns, problem.n)
                 if y_c is not None:
                     sum_c.add(slice(None), y_c.to(kind).T @ problem.e[index].to(kind))
             self.add_label(columns, sum_c)

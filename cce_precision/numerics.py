@@ -145,8 +145,8 @@ class Variant:
     and makes neighbours alike for subset sampling.
     `centred`: dE takes the rows of c less a centre. A row of dZ sums to 0, so the exact gradient does not change; but
     what a random filter has too much or too little of then moves it by how far the drawn rows are from the centre, not
-    by all of them. The centre is the mean row of the entries that are kept for the tokens at even places for those at
-    odd ones, and the other way round, so that no draw meets itself. When: `problem.is_centred`.
+    by all of them. The centre is the mean row of the entries that are kept for tokens at even places for those at odd
+    ones, and the other way round, so that no draw meets itself. When: `problem.is_centred`.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """
 

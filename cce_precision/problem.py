@@ -30,11 +30,12 @@ from torch import Tensor
 
 from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
 
-__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream", "is_centred"]
+__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream", "is_centred", "pairs_a_witness"]
 
 # A target whose column another process holds (vocabulary-parallel backward passes): the token counts, no column of this
 # problem is its target. Beyond every column, and far enough from int32's end for differences of positions.
 ELSEWHERE = 2**30
+WITNESSES = 512  # tokens, spread over all, whose kept entries make the centres of a centred variant
 
 
 class Heads(NamedTuple):
@@ -207,3 +208,8 @@ def is_centred(problem: Problem, plan: Plan, upstream: Upstream) -> bool:
     variant = plan.variant
     filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
     return variant.centred and filtered and problem.softcap is None and not plan.partial_e and upstream.of_nll_alone
+
+
+def pairs_a_witness(n: int) -> int:
+    """Of n tokens the pair at places 2 i and 2 i + 1 counts for the centres where this divides i."""
+    return max(1, n // WITNESSES)

@@ -361,6 +361,22 @@ def test_the_hash_is_that_of_the_definition() -> None:
             assert drawn[drawn >= 0].tolist() == p[0].nonzero().flatten().tolist()
 
 
+def test_centres_are_made_of_some_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and definition count the same pairs of tokens, all of few and one in so many of many: what other centres
+    give is another gradient.
+    """
+    k = Knobs(seed=3, n=24, v=48, d=8, impl="cce_unbiased", filter_eps=EPS, ignored="some")
+    call = build(k)
+    exact, found, allowed = truth(call.problem, call.objective), [], []
+    for witnesses in (512, 4):
+        monkeypatch.setattr("cce_precision.problem.WITNESSES", witnesses)
+        found.append(outputs(call))
+        allowed.append(bound(call.problem, call.plan, call.objective, seed=k.seed, machine=INTERPRETER))
+        assert judge_outputs(call, found[-1], exact, allowed[-1]).holds
+    assert not judge_outputs(call, found[0], exact, allowed[1]).holds
+    assert not judge_outputs(call, found[1], exact, allowed[0]).holds
+
+
 def test_a_zero_gradient_is_rejected() -> None:
     k = Knobs(n=12, v=40, d=6, impl="cce_unbiased", filter_eps=EPS, scale=2.0)
     call = build(k)

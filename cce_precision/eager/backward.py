@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import Filter, FilterKind, Operand, power_of_two
-from ..problem import Heads, Plan, Problem, Upstream, is_centred
+from ..problem import Heads, Plan, Problem, Upstream, is_centred, pairs_a_witness
 from .accumulate import Accumulator
 from .filters import sampled, tile_survives
 from .tiles import (
@@ -193,7 +193,7 @@ class Backward:
                     d_e.add(index, y_e @ c)
                     row_sums[index] += y_e.sum(1)
                     if counts is not None:
-                        count_kept(counts, y_e, index, columns)
+                        count_kept(counts, y_e, index, columns, problem.n)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
                     if sum_c is not None:
@@ -257,10 +257,13 @@ class Backward:
             d_e.add(index, part)
 
 
-def count_kept(counts: Tensor, x: Tensor, index: slice | Tensor, columns: Columns) -> None:
-    """counts (2, V) += how many entries of dZ x (rows, columns) are kept, by column, for even and odd tokens."""
-    kept = counts.new_zeros(2, x.shape[1]).index_add_(0, as_ids(index, x) % 2, (x != 0).to(counts.dtype))
-    counts[:, columns.index] += kept
+def count_kept(counts: Tensor, x: Tensor, index: slice | Tensor, columns: Columns, n: int) -> None:
+    """counts (2, V) += how many entries of dZ x (rows, columns) are kept, by column, for the even and odd tokens of n
+    that make the centres.
+    """
+    tokens = as_ids(index, x)
+    kept = ((x != 0) & (tokens // 2 % pairs_a_witness(n) == 0)[:, None]).to(counts.dtype)
+    counts[:, columns.index] += counts.new_zeros(2, x.shape[1]).index_add_(0, tokens % 2, kept)
 
 
 def centres(counts: Tensor, c: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, pairs_a_witness
 from ..promise import Seen, distances, row_norms
 from .elements import STOCHASTIC, ElementFilter, dz_entries
 from .entry import entry
@@ -146,6 +146,7 @@ def rows_kernel(
     counts,  # (2, V) int32: entries of each column, of even and of odd tokens, in and out; or unused
     fits,
     v,
+    pairs,  # problem.pairs_a_witness
     steps,
     HITS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -173,7 +174,8 @@ def rows_kernel(
             tl.store(columns + to, column, mask=kept != 0)
             tl.store(weights + to, x, mask=kept != 0)
             if COUNTED:
-                tl.atomic_add(counts + row % 2 * v + column, 1, mask=kept != 0, sem="relaxed")
+                counts_here = (kept != 0) & (row // 2 % pairs == 0)
+                tl.atomic_add(counts + row % 2 * v + column, 1, mask=counts_here, sem="relaxed")
             place += tl.sum(kept, 0)
 
 
@@ -214,7 +216,7 @@ class Entries:
     lists: Lists
     buffers: Buffers
     starts: Tensor  # (N + 1,) int32: entries of token i are starts[i] to starts[i + 1]
-    counts: Tensor | None  # (2, V) int32: entries of each column, of even and of odd tokens; where wanted
+    counts: Tensor | None  # (2, V) int32: entries of each column, of some even and odd tokens; where wanted
     dense: Tensor  # () int32: 1 where a capacity did not hold them, and nothing here counts
 
 
@@ -281,6 +283,7 @@ def entries_of(
         starts if by_column is None else by_column,
         fits,
         v,
+        pairs_a_witness(n),
         n.bit_length(),
         HITS=32,
         WIDTH=BLOCK,
