@@ -73,6 +73,12 @@ def _is_one_pass(impl: str, workspace: int, row: Row) -> bool:
     return exact and row["dtype"] == "bf16" and row["softcap"] is None and workspace * MIB >= least
 
 
+def _is_larger_than_asked(workspace: int, row: Row) -> bool:
+    """Whether one pass kept the powers of more than 2 D tokens, for which no choice asks the room."""
+    n, v, d = row["n"], row["v"], row["d"]
+    return n >= 2 * d and workspace * MIB >= 2 * n * v + 2 * (n + v) * d + 6 * n * d
+
+
 def _of_bench(folder: Path) -> Iterable[Row]:
     """Observations of a folder of `cce-precision bench`."""
     rows = bench.read(folder)
@@ -88,6 +94,8 @@ def _of_bench(folder: Path) -> Iterable[Row]:
         one_pass = match is not None and _is_one_pass(name, int(match[1]), row)
         kind = "diffuse" if row["case"].endswith(".safetensors") else KINDS.get(row["case"])
         if kind is None or (match is not None and not one_pass):
+            continue
+        if match is not None and _is_larger_than_asked(int(match[1]), row):
             continue
         product = products[tuple(row[k] for k in key)]
         yield {
