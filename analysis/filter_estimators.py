@@ -197,6 +197,17 @@ def _with_mass(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
     return estimate, estimate
 
 
+def _centred(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same, to the mean row of the entries that the other half of the tokens keeps; dC as it is."""
+    estimate, _ = _by_entry(s, random)
+    excess = s.p.sum(1) - estimate.sum(1)
+    centred = estimate.clone()
+    for own in range(2):
+        kept = (estimate[1 - own :: 2] != 0).to(estimate.dtype).sum(0)
+        centred[own::2] += excess[own::2, None] * kept / kept.sum().clamp(min=1)
+    return centred, estimate
+
+
 def _residual(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
     mean, rest, eps = s.rest
     estimate = mean + _signed(rest, rest.abs(), eps, random)
@@ -284,7 +295,9 @@ def _all() -> Iterator[Estimator]:
     one, many = "entries", "subsets"
     yield Estimator("drop", one, False, "dropped below a threshold", _drop, "cce_sparse")
     yield Estimator("drop, with the mean tail", one, False, "what is dropped comes back as s q", _drop_with_mean)
-    yield Estimator("by entry", one, True, "kept with probability P / eps, counted as eps", _by_entry, "cce_unbiased")
+    yield Estimator("by entry", one, True, "kept with probability P / eps, counted as eps", _by_entry)
+    what = "what is missing of a row's mass goes to the mean row that other tokens keep"
+    yield Estimator("by entry, centred", one, True, what, _centred, "cce_unbiased")
     yield Estimator("one draw for 16", one, True, "a draw for 16 columns of a row, systematically", _by_run)
     yield Estimator("one draw a row", one, True, "a draw for a row, in the order of mean logits", _by_row)
     yield Estimator("by entry, mass kept", one, True, "the row's missing mass goes to the mean tail", _with_mass)
