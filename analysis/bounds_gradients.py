@@ -17,7 +17,7 @@ from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precisio
 from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
-from cce_precision.numerics import Accumulation, Filter, Operand, Variant
+from cce_precision.numerics import Accumulation, Filter, FilterKind, Operand, Variant
 from cce_precision.problem import Problem, pairs_a_witness
 
 __all__ = ["Factors", "GradientBounds", "Rows", "is_centred", "tiled_gradients"]
@@ -165,9 +165,13 @@ class _Tiled:
         for rows in blocks:
             some = rows.index // 2 % pairs_a_witness(self.problem.n) == 0
             x, parity = self.dz(rows, self.variant.filter_e, True).x, rows.index[some] % 2
-            certain = x.value.abs() > x.error
+            certain, possible = x.value.abs() > x.error, x.upper > 0
+            if self.variant.filter_e.kind is FilterKind.SUBSET:
+                p, eps = rows.softmax.p, self.variant.filter_e.threshold(self.problem.operand_dtype)
+                certain = certain & (p.value - p.error >= eps * (1 + 2 * self.p.u))
+                possible = possible & (p.upper >= eps * (1 - 2 * self.p.u))
             kept.index_add_(0, parity, certain[some].double())
-            open_.index_add_(0, parity, ((x.upper > 0) & ~certain)[some].double())
+            open_.index_add_(0, parity, (possible & ~certain)[some].double())
         number, count, u = kept.sum(1, keepdim=True).clamp(min=1), kept + open_, (2 * len(self.c) + 8) * self.p.u
         value = kept @ self.c / number
         moved = (open_ @ self.absolute_c + open_.sum(1, keepdim=True) * value.abs()) / number

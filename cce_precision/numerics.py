@@ -145,8 +145,9 @@ class Variant:
     and makes neighbours alike for subset sampling.
     `centred`: dE takes the rows of c less a centre. A row of dZ sums to 0, so the exact gradient does not change; but
     what a random filter has too much or too little of then moves it by how far the drawn rows are from the centre, not
-    by all of them. The centre is the mean row of the entries that are kept for tokens at even places for those at odd
-    ones, and the other way round, so that no draw meets itself. When: `problem.is_centred`.
+    by all of them. The centre is the mean row of the entries that are kept (of a subset filter those above eps) for
+    tokens at even places for those at odd ones, and the other way round, so that no draw meets itself. When:
+    `problem.is_centred`.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """
 
@@ -167,11 +168,11 @@ class Variant:
     def __post_init__(self) -> None:
         if self.label_apart and self.accum_c is not Accumulation.FP32:
             raise ValueError(f"{self.name}: label_apart needs accum_c fp32, got {self.accum_c.value}")
-        whole = self.filter_e.by_tile or self.filter_e.kind is FilterKind.SUBSET
-        if self.centred and (whole or not self.label_apart or self.accum_e is not Accumulation.FP32):
+        apart = self.label_apart and self.accum_e is Accumulation.FP32
+        if self.centred and (self.filter_e.by_tile or not apart):
             raise ValueError(
-                f"{self.name}: centred needs a filter of dE that takes entries one by one (or none), label_apart and "
-                f"accum_e fp32, got {self.filter_e}, {self.label_apart} and {self.accum_e.value}"
+                f"{self.name}: centred needs a filter of dE by element (or none), label_apart and accum_e fp32, got "
+                f"{self.filter_e}, {self.label_apart} and {self.accum_e.value}"
             )
 
     @property

@@ -228,8 +228,8 @@ def test_records_refuse_what_makes_no_sense() -> None:
         Filter(FilterKind.STOCHASTIC, Granularity.TILE)
     with pytest.raises(ValueError, match="mine.*fp32"):
         Variant("mine", "", accum_e=Accumulation.INPUT, accum_c=Accumulation.INPUT)
-    with pytest.raises(ValueError, match="mine: centred.*one by one.*SUBSET"):
-        Variant("mine", "", centred=True, filter_e=Filter(FilterKind.SUBSET))
+    with pytest.raises(ValueError, match="mine: centred.*by element.*TILE"):
+        Variant("mine", "", centred=True, filter_e=Filter(FilterKind.DROP, Granularity.TILE))
     with pytest.raises(ValueError, match="mine: centred.*input"):
         Variant("mine", "", centred=True, accum_e=Accumulation.INPUT)
 

@@ -226,7 +226,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "label": FP32,
         "sigma": FP32,
         "shift": FP32,
-        "centre": FP32,
+        **dict.fromkeys(("centre", "excess"), FP32),
         "scale": FP32,
         "starts": I32,
         "columns": I32,
@@ -237,7 +237,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "stride_c": ROW_MAJOR,
         "ENTRIES": Constant(8),
         "FEATURES": Constant(512),
-        "FLAGS": Constant((False, True, True)),
+        "FLAGS": Constant((False, True, True, True)),
     }
     check(rows, sparse.finish_rows_kernel, arch, num_warps=4, num_stages=3)
     blocks = {

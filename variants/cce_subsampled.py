@@ -2,7 +2,8 @@
 `share`.
 
 For diffuse tails, whose entries are too many to sample one by one: each share is a small dense product. One column of
-every `share` neighbours in the order of mean logits is drawn at random, which is unbiased and stratified."""
+every `share` neighbours in the order of mean logits is drawn at random, which is unbiased and stratified. In dE the
+tail meets the classifier's rows less the mean of those above eps (`Variant.centred`)."""
 
 from cce_precision.numerics import Filter, FilterKind, Granularity, Operand, Variant
 
@@ -15,4 +16,5 @@ VARIANT = Variant(
     filter_c=SUBSET,
     operand=Operand.FP32_ABOVE,
     sort_vocabulary=True,
+    centred=True,
 )

@@ -92,6 +92,8 @@ class Backward:
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
         self.centred = is_centred(problem, plan, upstream)
+        subset = self.variant.filter_e.kind is FilterKind.SUBSET
+        self.least = self.variant.filter_e.threshold(problem.operand_dtype) if subset else 0.0
 
     def weight(self, columns: Columns) -> Tensor:
         """Column weights (columns,) of the smoothing part."""
@@ -193,7 +195,7 @@ class Backward:
                     d_e.add(index, y_e @ c)
                     row_sums[index] += y_e.sum(1)
                     if counts is not None:
-                        count_kept(counts, y_e, index, columns, problem.n)
+                        count_kept(counts, y_e, block.p, self.least, index, columns, problem.n)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
                     if sum_c is not None:
@@ -257,12 +259,19 @@ class Backward:
             d_e.add(index, part)
 
 
-def count_kept(counts: Tensor, x: Tensor, index: slice | Tensor, columns: Columns, n: int) -> None:
-    """counts (2, V) += how many entries of dZ x (rows, columns) are kept, by column, for the even and odd tokens of n
-    that make the centres.
-    """
+def count_kept(
+    counts: Tensor,
+    x: Tensor,  # (rows, columns) of dZ
+    p: Tensor,  # (rows, columns) probabilities
+    least: float,  # that they must have: eps of a subset filter, else 0
+    index: slice | Tensor,
+    columns: Columns,
+    n: int,
+) -> None:
+    """counts (2, V) += how many entries are kept, by column, for the even and odd tokens of n that make the centres."""
     tokens = as_ids(index, x)
-    kept = ((x != 0) & (tokens // 2 % pairs_a_witness(n) == 0)[:, None]).to(counts.dtype)
+    kept = (x != 0) & ~(p < least) & (tokens // 2 % pairs_a_witness(n) == 0)[:, None]
+    kept = kept.to(counts.dtype)
     counts[:, columns.index] += counts.new_zeros(2, x.shape[1]).index_add_(0, tokens % 2, kept)
 
 

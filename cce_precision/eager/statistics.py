@@ -71,7 +71,8 @@ def seen_of(pass_: Backward) -> Seen:
             small, ids, tokens = block.p < eps, as_ids(columns.index, block.p) + first, as_ids(index, block.p)
             mass[index] += torch.where(small, 0, block.p).sum(1)
             for_e, for_c = (sampled(block.p, filt, eps, seed, tokens, columns, ids, x, first) for x in (True, False))
-            count_kept(counts, for_e * alpha[index][:, None], index, columns, problem.n)
+            x = for_e * alpha[index][:, None]
+            count_kept(counts, x, block.p, pass_.least, index, columns, problem.n)
             factor = alpha[index][:, None] if block.slope is None else alpha[index][:, None] * block.slope
             drawn_e, drawn_c = (torch.where(small, x, 0) * factor for x in (for_e, for_c))
             by_column = drawn_e.square()

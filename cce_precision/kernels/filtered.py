@@ -176,10 +176,13 @@ def sparse(
     d_bias = torch.empty(v, dtype=torch.float32, device=device) if need_bias else None
     tail = None
     if filt.kind is FilterKind.SUBSET:
-        tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense)
+        tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense, centre)
     if d_e is not None:
-        base = None if tail is None else tail_of_rows(problem, terms, tail, shift_e, d_c)
-        finish_rows(problem, terms, entries, d_e, base, shift_e, centre)
+        base = excess = None
+        if tail is not None:
+            excess = None if centre is None else torch.zeros(n, dtype=torch.float32, device=device)
+            base = tail_of_rows(problem, terms, tail, shift_e, d_c, excess)
+        finish_rows(problem, terms, entries, d_e, base, shift_e, centre, excess)
         del base
     seen = None if plan.tolerance is None else seen_of(problem, terms, entries, kept, heads.nll, centre)
     if tail is not None and (need_c or need_bias):
@@ -203,7 +206,14 @@ def centres(problem: Problem, counts: Tensor) -> Tensor:
     return (weighted_sum(problem.c, counts.float()) / counts.sum(1, keepdim=True).clamp(min=1)).flip(0)
 
 
-def tail_of_rows(problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | None, d_c: Tensor | None) -> Tensor:
+def tail_of_rows(
+    problem: Problem,
+    terms: RowTerms,
+    tail: Tail,
+    shift: Tensor | None,
+    d_c: Tensor | None,
+    excess: Tensor | None,  # (N,) fp32: += the row sums of the tail
+) -> Tensor:
     """(N, D) fp32: the target's terms of dE and the tail, where d_c has room in d_c, which is not yet written."""
     n, d, dtype = problem.n, problem.d, problem.operand_dtype
     sums, column = -(-n * d // 64) * 256, (n + d) * dtype.itemsize
@@ -216,7 +226,7 @@ def tail_of_rows(problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | 
         room = torch.empty(sums + width * column, dtype=torch.uint8, device=problem.e.device)
     total = label_rows(problem, terms, shift, room[:sums].view(torch.float32)[: n * d].view(n, d))
     dz, rows = room[sums:][: width * column].view(dtype).split((n * width, width * d))
-    tail.add_to_rows(total, dz.view(n, width), rows.view(width, d))
+    tail.add_to_rows(total, dz.view(n, width), rows.view(width, d), excess)
     return total
 
 

@@ -37,6 +37,7 @@ def finish_rows_kernel(
     sigma,  # (N,) fp32
     shift,  # (D,) fp32 or unused
     centre,  # (2, D) fp32 of even and odd tokens, see numerics.Variant; or unused
+    excess,  # (N,) fp32 sums of what `base` holds beside the labels, or unused
     scale,  # () fp32
     starts,  # (N + 1,) int32
     columns,  # int32
@@ -47,7 +48,7 @@ def finish_rows_kernel(
     stride_c,
     ENTRIES: tl.constexpr,
     FEATURES: tl.constexpr,
-    FLAGS: tl.constexpr,  # (base, shift, centre)
+    FLAGS: tl.constexpr,  # (base, shift, centre, excess)
 ):
     if tl.load(dense) == 0:
         row = tl.program_id(0)
@@ -69,8 +70,10 @@ def finish_rows_kernel(
             total = label_row(c, targets, label, sigma, shift, row, j, v, d, stride_c, True, FLAGS[1])
         total += tl.sum(acc, 0)
         if FLAGS[2]:
-            excess = tl.sum(mass, 0) + tl.load(label + row)
-            total -= excess * tl.load(centre + row % 2 * d + j, mask=j < d, other=0.0)
+            surplus = tl.sum(mass, 0) + tl.load(label + row)
+            if FLAGS[3]:
+                surplus += tl.load(excess + row)
+            total -= surplus * tl.load(centre + row % 2 * d + j, mask=j < d, other=0.0)
         total *= tl.load(scale)
         tl.store(out + wide(d) * row + j, round_to(total, out.dtype.element_ty), mask=j < d)
 
@@ -83,9 +86,10 @@ def finish_rows(
     base: Tensor | None,  # (N, D) fp32
     shift: Tensor | None,  # (D,) fp32, where there is no base
     centre: Tensor | None,  # (2, D) fp32
+    excess: Tensor | None,  # (N,) fp32 row sums of what `base` holds beside the labels
 ) -> None:
     """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, minus
-    the sum of the entries and the label times the token's centre, scaled and rounded once. Not done where
+    the sum of the entries, the label and the excess times the token's centre, scaled and rounded once. Not done where
     entries.dense is 1.
     """
     features = min(512, max(16, next_power_of_2(problem.d)))
@@ -98,6 +102,7 @@ def finish_rows(
         terms.sigma,
         terms.terms if shift is None else shift,
         terms.terms if centre is None else centre,
+        terms.terms if excess is None else excess,
         terms.scale,
         entries.starts,
         entries.buffers.columns,
@@ -108,7 +113,7 @@ def finish_rows(
         tuple(problem.c.stride()),
         ENTRIES=8,
         FEATURES=features,
-        FLAGS=(base is not None, shift is not None, centre is not None),
+        FLAGS=(base is not None, shift is not None, centre is not None, excess is not None),
         num_warps=4,
         num_stages=3,
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..numerics import Filter
 from ..problem import Plan, Problem
+from ..promise import distances
 from .dense import accumulate_product, visiting_order
 from .elements import COLUMNS, ROWS, ElementFilter, members_drawn, write_filtered
-from .terms import RowTerms
+from .terms import RowTerms, matvec
 
 __all__ = ["Tail", "members", "tail_of"]
 
@@ -44,10 +45,11 @@ class Tail:
     by_tokens: ElementFilter
     active: Tensor  # () int32: 0 where nothing of it counts
     energies: Tensor | None  # (2,) fp32: where wanted, the sums that promise.Seen knows, of dE and of dC, in and out
+    centre: Tensor | None  # (2, D) fp32, see filtered.centres
 
-    def add_to_rows(self, total: Tensor, dz: Tensor, rows: Tensor) -> None:
+    def add_to_rows(self, total: Tensor, dz: Tensor, rows: Tensor, excess: Tensor | None) -> None:
         """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W) and rows
-        (W, D).
+        (W, D); excess (N,) fp32 += the row sums of the tail.
         """
         problem, drawn = self.problem, self.columns_drawn
         where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
@@ -65,8 +67,18 @@ class Tail:
             x = dz[:, : index.numel()]
             write_filtered(problem, self.e, c, bias, start, terms, filt, x, None, active=self.active)
             accumulate_product(total, x, c, False)
+            if excess is not None:
+                excess += x.sum(1, dtype=torch.float32)
             if self.energies is not None:
-                self.energies[0] += energy(x, c)
+                self.energies[0] += self._energy(x, c)
+
+    def _energy(self, x: Tensor, c: Tensor) -> Tensor:
+        """0-dim fp32: the sum of x_ij^2 ||c_j||^2, of a centred variant with c_j less the centre of the token."""
+        if self.centre is None:
+            return energy(x, c)
+        norms = torch.linalg.vector_norm(c, dim=1, dtype=torch.float32)
+        parts = zip((x[::2], x[1::2]), self.centre)
+        return torch.stack([_squares(some) @ distances(norms, matvec(c, m), m).square() for some, m in parts]).sum()
 
     def columns(
         self, start: int, c: Tensor, bias: Tensor | None, x: Tensor, total: Tensor | None, sums: bool
@@ -86,12 +98,23 @@ class Tail:
 
 def energy(x: Tensor, rows: Tensor) -> Tensor:
     """0-dim fp32: the sum of x_ij^2 ||rows_j||^2."""
-    squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
-    return squares @ torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    return _squares(x) @ torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(W,) fp32 sums of x_ij^2 over the rows of x (N, W)."""
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
 def tail_of(
-    problem: Problem, plan: Plan, e: Tensor, terms: RowTerms, filt: Filter, seed: Tensor, dense: Tensor
+    problem: Problem,
+    plan: Plan,
+    e: Tensor,
+    terms: RowTerms,
+    filt: Filter,
+    seed: Tensor,
+    dense: Tensor,
+    centre: Tensor | None,
 ) -> Tail:
     """The tail of a subset filter, the same on both sides; left undone where `dense` (0-dim int32) is 1."""
     eps = filt.threshold(problem.operand_dtype)
@@ -115,4 +138,5 @@ def tail_of(
         ElementFilter(ROWS, eps, seed, share.expand(tokens.shape).contiguous(), tail=True),
         1 - dense,
         None if plan.tolerance is None else torch.zeros(2, dtype=torch.float32, device=e.device),
+        centre,
     )
