@@ -200,12 +200,16 @@ def _with_mass(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
 def _centred(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """The same, to the mean row of the entries that the other half of the tokens keeps; dC as it is."""
     estimate, _ = _by_entry(s, random)
-    excess = s.p.sum(1) - estimate.sum(1)
-    centred = estimate.clone()
+    return _from_centres(s, estimate, estimate != 0), estimate
+
+
+def _from_centres(s: Softmax, estimate: Tensor, kept: Tensor) -> Tensor:
+    """The estimate (N, V), what it lacks of a row's mass spread over what is kept for the other half of the rows."""
+    excess, centred = s.p.sum(1) - estimate.sum(1), estimate.clone()
     for own in range(2):
-        kept = (estimate[1 - own :: 2] != 0).to(estimate.dtype).sum(0)
-        centred[own::2] += excess[own::2, None] * kept / kept.sum().clamp(min=1)
-    return centred, estimate
+        count = kept[1 - own :: 2].to(estimate.dtype).sum(0)
+        centred[own::2] += excess[own::2, None] * count / count.sum().clamp(min=1)
+    return centred
 
 
 def _residual(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -257,6 +261,11 @@ def _stratified(s: Softmax, random: torch.Generator, mean: Tensor | float = 0.0)
     return _with_weights(s, columns, _in_groups(n, s.share, _tokens(s), random), mean)
 
 
+def _stratified_and_centred(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    for_e, for_c = _stratified(s, random)
+    return _from_centres(s, for_e, s.p >= EPS), for_c
+
+
 def _anywhere(s: Softmax, random: torch.Generator) -> tuple[Tensor, Tensor]:
     tokens, columns = (
         _in_groups(size, s.share, torch.randperm(size, generator=random).to(s.p.device), random) for size in s.p.shape
@@ -303,9 +312,9 @@ def _all() -> Iterator[Estimator]:
     yield Estimator("by entry, mass kept", one, True, "the row's missing mass goes to the mean tail", _with_mass)
     yield Estimator("rest of the mean tail", one, True, "P - s q sampled by its size, s q exact", _residual)
     yield Estimator("by entry and norms", one, True, "kept by P times what it counts for", _by_norms)
-    yield Estimator(
-        "subsets", many, True, "one of so many neighbours in the order of mean logits", _stratified, "cce_subsampled"
-    )
+    yield Estimator("subsets", many, True, "one of so many neighbours in the order of mean logits", _stratified)
+    what = "what is missing of a row's mass goes to the mean row that other tokens have above 2^-12"
+    yield Estimator("subsets, centred", many, True, what, _stratified_and_centred, "cce_subsampled")
     yield Estimator("subsets, not stratified", many, True, "groups of so many in random order", _anywhere)
     yield Estimator("subsets, mean tail", many, True, "s q exact, the rest by subsets", _with_mean)
     yield Estimator("subsets by importance", many, True, "chances by what a column or token counts for", _by_importance)

@@ -42,7 +42,10 @@ __all__ = ["build", "markdown", "update_readme"]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WITHIN = (1e-1, 3e-2, 1e-2, 5e-3, 2.5e-3, 1.8e-3)
 UNFILTERED = {family(method) for method in DENSE}
-WORDS = {"entries": "sampling by entry, centred", "subsets": "stratified subsets"}  # what the unbiased variants do
+WORDS = {  # what the unbiased variants do
+    "entries": "sampling by entry, centred",
+    "subsets": "stratified subsets, centred",
+}
 STAYING = ("cce@2^-12", "cce_sparse@2^-12", "cce_exact")  # the same for every seed
 TICKS = tuple((float(2**k), str(2**k)) for k in range(7))
 
