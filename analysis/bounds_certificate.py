@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from cce_precision.analysis.bounds import Call
-from cce_precision.analysis.bounds_gradients import is_centred
 from cce_precision.analysis.bounds_model import CPU, Computed, Machine
 from cce_precision.analysis.references import Objective
 from cce_precision.numerics import Filter, FilterKind
-from cce_precision.problem import Plan, Problem
+from cce_precision.problem import Plan, Problem, is_centred
 
 __all__ = ["Certificate", "Sampling", "certificate", "dropped_mass", "sampling"]
 
@@ -49,7 +48,7 @@ def sampling(
     variant, zeros = plan.variant, lambda *shape: torch.zeros(shape, dtype=torch.float64, device=c.device)
     d_e, variance_e, variance_c, largest_c = zeros(n, d), zeros(n, d), zeros(v, d), zeros(v, d)
     log = math.log(2 * max(n * d + v * d, 1) / delta)
-    met = _met(c, is_centred(call.problem, plan.variant, factors))
+    met = _met(c, is_centred(problem, plan))
     eps_e, eps_c = (f.threshold(problem.operand_dtype) for f in (variant.filter_e, variant.filter_c))
     for rows in call.rows():
         s, f = rows.softmax, factors.at(rows.place)

@@ -18,9 +18,9 @@ from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, FilterKind, Operand, Variant
-from cce_precision.problem import Problem, pairs_a_witness
+from cce_precision.problem import Plan, Problem, is_centred, pairs_a_witness
 
-__all__ = ["Factors", "GradientBounds", "Rows", "is_centred", "tiled_gradients"]
+__all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +79,6 @@ class Factors:
             change(self.alpha),
             change(self.rest),
         )
-
-
-def is_centred(problem: Problem, variant: Variant, factors: Factors) -> bool:
-    """`problem.is_centred`, of one process."""
-    alone = factors.lse is None and factors.entropy is None and factors.smooth is None
-    filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
-    return variant.centred and filtered and problem.softcap is None and alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +296,7 @@ def tiled_gradients(
     """Bounds for `eager/backward.py`; arguments as of `_Tiled`. `blocks` are those of the pass where tiles matter."""
     t = _Tiled(problem, variant, machine, factors, c, weight, ids, width, seed, stages)
     variant, (v, d) = t.variant, c.shape
-    if is_centred(problem, variant, factors):
+    if is_centred(problem, Plan(variant)):
         t.find_centre(blocks())
     shared = variant.filter_e == variant.filter_c and not variant.filter_e.random
     sum_c = t.sum_of(variant.accum_c, (v, d), problem.c.dtype)
@@ -404,14 +397,14 @@ def _embedding_bound(t: _Tiled, rows: Rows, dz: _Dz, weighted_c: Computed | None
 
 
 def _centre_part(t: _Tiled, rows: Rows, dz: _Dz) -> Computed:
-    """(B, D) what dE loses for the centre: the row sums of dZ under its filter, the label's term among them, summed in
-    any order, times its centre.
+    """(B, D) what dE loses for the centre: what the rows of dZ under its filter, the label's term among them, sum to
+    beyond alpha - beta, in any order, times the centre.
     """
     assert t.centre is not None
-    label, v = _label(t, rows), dz.y.value.shape[1]
-    size = dz.y.upper.sum(1) + label.upper
-    error = dz.y.error.sum(1) + label.error + (v + 2) * t.p.u * (1 + (v + 2) * t.p.u) * size
-    excess = Computed(dz.y.value.sum(1) + label.value, error)
+    label, rest, v = _label(t, rows), t.factors.rest[rows.place], dz.y.value.shape[1]
+    size = dz.y.upper.sum(1) + label.upper + rest.upper
+    error = dz.y.error.sum(1) + label.error + rest.error + (v + 3) * t.p.u * (1 + (v + 3) * t.p.u) * size
+    excess = Computed(dz.y.value.sum(1) + label.value - rest.value, error)
     parity = rows.index % 2
     part = (excess.column() * Computed(t.centre.value[parity], t.centre.error[parity])).rounded(t.p)
     return Computed(-part.value, part.error)

@@ -32,7 +32,7 @@ from cce_precision.eager.tiles import (
     vocabulary_order,
 )
 from cce_precision.numerics import Accumulation, Filter, FilterKind, Operand, Path, power_of_two
-from cce_precision.problem import Plan, Problem, Upstream, is_centred
+from cce_precision.problem import Plan, Problem, is_centred
 
 __all__ = ["Result", "run"]
 
@@ -236,7 +236,7 @@ class _Tiled:
             self.add_label(columns, sum_c)
             d_c[columns.index] = sum_c.result()
         if variant.label_apart:
-            centre = centres(counts, problem.c) if is_centred(problem, self.plan, Upstream(self.g)) else None
+            centre = centres(counts, problem.c) if is_centred(problem, self.plan) else None
             for index in row_blocks(problem, self.rows, MOST_GATHERED):
                 x = (self.target_term(index) * self.target_slope(index)).to(kind)
                 part = x[:, None] * problem.c[problem.targets[index]].to(kind)

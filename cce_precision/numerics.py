@@ -143,10 +143,10 @@ class Variant:
     products; otherwise it is an entry of the rounded operand, as in the paper.
     `sort_vocabulary`: columns are visited in the order of falling mean logit, which gathers the survivors in few tiles
     and makes neighbours alike for subset sampling.
-    `centred`: dE takes the rows of c less a centre. A row of dZ sums to 0, so the exact gradient does not change; but
-    what a random filter has too much or too little of then moves it by how far the drawn rows are from the centre, not
-    by all of them. The centre is the mean row of the entries that are kept (of a subset filter those above eps) for
-    tokens at even places for those at odd ones, and the other way round, so that no draw meets itself. When:
+    `centred`: dE takes the rows of c less a centre. The sum of a row of dZ is known, so the exact gradient does not
+    change; but what a random filter has too much or too little of then moves it by how far the drawn rows are from the
+    centre, not by all of them. The centre is the mean row of the entries that are kept (of a subset filter those above
+    eps) for tokens at even places for those at odd ones, and the other way round, so that no draw meets itself. When:
     `problem.is_centred`.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """

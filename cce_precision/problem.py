@@ -201,13 +201,14 @@ class Problem:
         return torch.float64 if self.operand_dtype is torch.float64 else torch.float32
 
 
-def is_centred(problem: Problem, plan: Plan, upstream: Upstream) -> bool:
-    """Whether dE takes the rows of c less a centre: the variant asks for it, both gradients have one filter, and each
-    row of dZ sums to 0. It does so for the nll alone, without a softcap, over all columns of the vocabulary.
+def is_centred(problem: Problem, plan: Plan) -> bool:
+    """Whether dE takes the rows of c less a centre: the variant asks for it, both gradients have one filter, and the
+    sum of each row of dZ, its smoothing part aside, is known. Without a softcap it is alpha - beta over all columns of
+    the vocabulary, 0 for the nll alone.
     """
     variant = plan.variant
     filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
-    return variant.centred and filtered and problem.softcap is None and not plan.partial_e and upstream.of_nll_alone
+    return variant.centred and filtered and problem.softcap is None and not plan.partial_e
 
 
 def pairs_a_witness(n: int) -> int:

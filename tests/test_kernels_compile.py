@@ -316,10 +316,11 @@ def test_row_kernels(arch: str) -> None:
         **dict.fromkeys(("temperature", "over_cap"), "fp32"),
         "n": "i32",
         "TOKENS": Constant(512),
-        "FLAGS": Constant((True,) * 5),
     }
-    for kernel in (row_terms.power_kernel, row_terms.row_terms_kernel):
-        check({name: upstream[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
+    for by_element in (False, True):
+        flags = {"FLAGS": Constant((True,) * 5 + (by_element,))}
+        for kernel in (row_terms.power_kernel, row_terms.row_terms_kernel):
+            check({name: (upstream | flags)[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
     combine = {
         "partial": FP32,
         "place": I32,

@@ -226,7 +226,7 @@ def test_sparse_products(arch: str, dtype: str) -> None:
         "label": FP32,
         "sigma": FP32,
         "shift": FP32,
-        **dict.fromkeys(("centre", "excess"), FP32),
+        **dict.fromkeys(("centre", "terms", "excess"), FP32),
         "scale": FP32,
         "starts": I32,
         "columns": I32,

@@ -91,7 +91,7 @@ class Backward:
         # Without a softcap the smoothing part -sigma_i w_j is rank one and stays out of the operand.
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
-        self.centred = is_centred(problem, plan, upstream)
+        self.centred = is_centred(problem, plan)
         subset = self.variant.filter_e.kind is FilterKind.SUBSET
         self.least = self.variant.filter_e.threshold(problem.operand_dtype) if subset else 0.0
 
@@ -252,7 +252,7 @@ class Backward:
                 part = x[:, None] * self.problem.c[torch.where(here, targets, 0)].to(x.dtype)
                 part = torch.where(here[:, None], part, 0)  # not the target's term of another process's column
                 if centre is not None:
-                    excess = row_sums[index] + x  # of a sum that is 0
+                    excess = row_sums[index] + x - (self.factors.alpha[index] - self.factors.beta[index])
                     part = part - excess[:, None] * centre[as_ids(index, x) % 2]
             if self.smooth_apart:
                 part = part - self.factors.sigma[index][:, None] * weighted_c  # type: ignore[index]

@@ -64,7 +64,7 @@ def backward_filtered(
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
     if kept_filter(problem, plan) is None:
         return dense(problem, plan, clean_rows(problem), terms, need, seed)
-    centred = need[0] and is_centred(problem, plan, upstream)
+    centred = need[0] and is_centred(problem, plan)
     return sparse(problem, plan, heads, terms, need, seed, record, centred)
 
 

@@ -90,7 +90,8 @@ def row_terms_kernel(
     n,
     over_cap,  # temperature / softcap
     TOKENS: tl.constexpr,
-    FLAGS: tl.constexpr,  # which heads have an upstream gradient, and whether the label takes the softcap's slope
+    # which heads have an upstream gradient; whether the label takes the softcap's slope; whether a filter is by element
+    FLAGS: tl.constexpr,
 ):
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     alpha, beta, kappa, sigma, counts = upstream_factors(problem_targets, upstream, strides, total, rows, n, FLAGS)
@@ -108,7 +109,9 @@ def row_terms_kernel(
         y = (full - loss) * over_cap
         own *= 1.0 - y * y
     at_target = -missing  # what a tile filter compares there: |P - onehot|, and P too for heads beside nll
-    if FLAGS[1] or FLAGS[2] or FLAGS[3]:
+    if FLAGS[5]:
+        at_target = alpha - beta
+    elif FLAGS[1] or FLAGS[2] or FLAGS[3]:
         at_target = tl.maximum(at_target, p_t, propagate_nan=tl.PropagateNan.ALL)
     out = terms + rows
     step = wide(n)
@@ -147,7 +150,7 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
             n,
             problem.temperature / (problem.softcap or 1.0),
             TOKENS=_TOKENS,
-            FLAGS=(*given, apart),
+            FLAGS=(*given, apart, plan.variant.by_element),
         )
     return RowTerms(
         targets=targets,

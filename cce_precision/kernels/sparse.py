@@ -37,6 +37,7 @@ def finish_rows_kernel(
     sigma,  # (N,) fp32
     shift,  # (D,) fp32 or unused
     centre,  # (2, D) fp32 of even and odd tokens, see numerics.Variant; or unused
+    terms,  # (6, N) fp32 of RowTerms
     excess,  # (N,) fp32 sums of what `base` holds beside the labels, or unused
     scale,  # () fp32
     starts,  # (N + 1,) int32
@@ -71,6 +72,7 @@ def finish_rows_kernel(
         total += tl.sum(acc, 0)
         if FLAGS[2]:
             surplus = tl.sum(mass, 0) + tl.load(label + row)
+            surplus -= tl.load(terms + wide(tl.num_programs(0)) * 5 + row)  # alpha - beta, what a row of dZ sums to
             if FLAGS[3]:
                 surplus += tl.load(excess + row)
             total -= surplus * tl.load(centre + row % 2 * d + j, mask=j < d, other=0.0)
@@ -89,8 +91,8 @@ def finish_rows(
     excess: Tensor | None,  # (N,) fp32 row sums of what `base` holds beside the labels
 ) -> None:
     """dE: the kept entries times the classifier's rows, and `base` or the target's terms minus sigma x shift, minus
-    the sum of the entries, the label and the excess times the token's centre, scaled and rounded once. Not done where
-    entries.dense is 1.
+    the token's centre times what the entries, the label and the excess sum to beyond alpha - beta, scaled and rounded
+    once. Not done where entries.dense is 1.
     """
     features = min(512, max(16, next_power_of_2(problem.d)))
     finish_rows_kernel[(problem.n, cdiv(problem.d, features))](
@@ -102,6 +104,7 @@ def finish_rows(
         terms.sigma,
         terms.terms if shift is None else shift,
         terms.terms if centre is None else centre,
+        terms.terms,
         terms.terms if excess is None else excess,
         terms.scale,
         entries.starts,

@@ -31,7 +31,8 @@ class RowTerms:
     """What dZ needs of each token. All fp32, upstream factors divided by one power of two so that dZ is O(1)."""
 
     targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
-    # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, the tile filter's entry at the target
+    # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, and the tile filter's entry at the
+    # target or, of a filter by element, alpha - beta
     terms: Tensor
     # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
     label: Tensor
