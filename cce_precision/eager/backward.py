@@ -193,8 +193,8 @@ class Backward:
                 y_e = None if x_e is None else self.operand(x_e, block, variant.filter_e)
                 if d_e is not None and y_e is not None:
                     d_e.add(index, y_e @ c)
-                    row_sums[index] += y_e.sum(1)
                     if counts is not None:
+                        row_sums[index] += y_e.sum(1)
                         count_kept(counts, y_e, block.p, self.least, index, columns, problem.n)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
@@ -277,7 +277,7 @@ def count_kept(
 
 def centres(counts: Tensor, c: Tensor) -> Tensor:
     """(2, D): what even and odd tokens take from the rows of c (V, D), the mean row of what is kept for the others; 0
-    where nothing is.
+    where nothing is. See `numerics.Variant`.
     """
     total = counts.new_zeros(2, c.shape[1])
     for part, rows in zip(counts.split(MOST_GATHERED, 1), c.split(MOST_GATHERED)):
