@@ -17,8 +17,8 @@ from cce_precision.analysis.bounds_model import CPU, Computed, Machine, Precisio
 from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
-from cce_precision.numerics import Accumulation, Filter, FilterKind, Operand, Variant
-from cce_precision.problem import Plan, Problem, is_centred, pairs_a_witness
+from cce_precision.numerics import Accumulation, Filter, Operand, Variant
+from cce_precision.problem import Plan, Problem, is_centred, is_witness
 
 __all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
 
@@ -156,13 +156,13 @@ class _Tiled:
         """
         kept, open_ = (torch.zeros(2, len(self.c), dtype=torch.float64, device=self.c.device) for _ in range(2))
         for rows in blocks:
-            some = rows.index // 2 % pairs_a_witness(self.problem.n) == 0
+            some = is_witness(rows.index, self.problem.n)
             x, parity = self.dz(rows, self.variant.filter_e, True).x, rows.index[some] % 2
             certain, possible = x.value.abs() > x.error, x.upper > 0
-            if self.variant.filter_e.kind is FilterKind.SUBSET:
-                p, eps = rows.softmax.p, self.variant.filter_e.threshold(self.problem.operand_dtype)
-                certain = certain & (p.value - p.error >= eps * (1 + 2 * self.p.u))
-                possible = possible & (p.upper >= eps * (1 - 2 * self.p.u))
+            if least := self.variant.filter_e.kept_from(self.problem.operand_dtype):
+                p = rows.softmax.p
+                certain = certain & (p.value - p.error >= least * (1 + 2 * self.p.u))
+                possible = possible & (p.upper >= least * (1 - 2 * self.p.u))
             kept.index_add_(0, parity, certain[some].double())
             open_.index_add_(0, parity, (possible & ~certain)[some].double())
         number, count, u = kept.sum(1, keepdim=True).clamp(min=1), kept + open_, (2 * len(self.c) + 8) * self.p.u

@@ -216,10 +216,8 @@ class _Tiled:
         height, width = block_shape(problem, self.plan, variant.tile_ordered)
         d_e = _Sum(self, (problem.n, problem.d), variant.accum_e, problem.e.dtype)
         d_c = torch.empty(problem.v, problem.d, dtype=torch.float64)
-        excess = torch.zeros(problem.n, dtype=kind)  # of the rows of dZ, whose exact sums are 0
+        excess = torch.zeros(problem.n, dtype=kind)  # row sums of dZ, without the label
         counts = torch.zeros(2, problem.v, dtype=kind)
-        subset = variant.filter_e.kind is FilterKind.SUBSET
-        least = variant.filter_e.threshold(problem.operand_dtype) if subset else 0.0
         for columns in column_blocks(problem, self.order, width):
             c = problem.c[columns.index].to(kind)
             sum_c = _Sum(self, (columns.width, problem.d), variant.accum_c, problem.c.dtype)
@@ -230,7 +228,7 @@ class _Tiled:
                 if y_e is not None:
                     d_e.add(index, y_e.to(kind) @ c)
                     excess[index] += y_e.to(kind).sum(1)
-                    count_kept(counts, y_e, block.p, least, index, columns, problem.n)
+                    count_kept(counts, y_e, block.p, problem, variant.filter_e, index, columns)
                 if y_c is not None:
                     sum_c.add(slice(None), y_c.to(kind).T @ problem.e[index].to(kind))
             self.add_label(columns, sum_c)

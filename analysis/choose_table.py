@@ -73,20 +73,16 @@ def _is_one_pass(impl: str, workspace: int, row: Row) -> bool:
     return exact and row["dtype"] == "bf16" and row["softcap"] is None and workspace * MIB >= least
 
 
-def _is_larger_than_asked(workspace: int, row: Row) -> bool:
-    """Whether one pass kept the powers of more than 2 D tokens, for which no choice asks the room."""
-    n, v, d = row["n"], row["v"], row["d"]
-    return n >= 2 * d and workspace * MIB >= 2 * n * v + 2 * (n + v) * d + 6 * n * d
-
-
 def _of_bench(folder: Path) -> Iterable[Row]:
     """Observations of a folder of `cce-precision bench`."""
     rows = bench.read(folder)
     key = ("n", "v", "d", "softcap", "dtype", "case", "device")
     products = {tuple(r[k] for k in key): r["time_ms"] for r in rows if r["kind"] == "product"}
+    backward = {(tuple(r[k] for k in key), r["method"]): r["time_ms"] for r in rows if r["kind"] == "loss-bw"}
     for row in rows:
         if row["kind"] != "loss-fw-bw" or row["family"] != "ours" or row["status"] != "ok" or not row["rounds"]:
             continue
+        where = tuple(row[k] for k in key)
         name, _, workspace = row["method"].partition("@")
         match = re.fullmatch(r"(\d+)MB", workspace)
         if workspace and match is None:  # a variant with other settings than its record's
@@ -95,9 +91,11 @@ def _of_bench(folder: Path) -> Iterable[Row]:
         kind = "diffuse" if row["case"].endswith(".safetensors") else KINDS.get(row["case"])
         if kind is None or (match is not None and not one_pass):
             continue
-        if match is not None and _is_larger_than_asked(int(match[1]), row):
+        # one pass of more than 2 D tokens that left its products to the backward pass kept all powers, for which no
+        # choice asks the room
+        if match is not None and row["n"] >= 2 * row["d"] and 2 * backward[where, row["method"]] > row["time_ms"]:
             continue
-        product = products[tuple(row[k] for k in key)]
+        product = products[where]
         yield {
             "n": row["n"], "v": row["v"], "d": row["d"], "kind": kind, "impl": name, "one_pass": one_pass,
             "backend": "eager" if row["device"].startswith("CPU") else "triton", "dtype": LONG[row["dtype"]],

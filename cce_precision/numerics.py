@@ -131,6 +131,12 @@ class Filter:
             return 0.0
         return auto_eps(dtype) if self.eps is None else self.eps
 
+    def kept_from(self, dtype: torch.dtype) -> float:
+        """The least probability of an entry that counts as kept, not sampled with others: eps of a subset filter, else
+        0.
+        """
+        return self.threshold(dtype) if self.kind is FilterKind.SUBSET else 0.0
+
 
 NO_FILTER = Filter()
 

@@ -30,7 +30,17 @@ from torch import Tensor
 
 from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
 
-__all__ = ["ELSEWHERE", "Heads", "Plan", "Problem", "Statistics", "Upstream", "is_centred", "pairs_a_witness"]
+__all__ = [
+    "ELSEWHERE",
+    "Heads",
+    "Plan",
+    "Problem",
+    "Statistics",
+    "Upstream",
+    "is_centred",
+    "is_witness",
+    "pairs_a_witness",
+]
 
 # A target whose column another process holds (vocabulary-parallel backward passes): the token counts, no column of this
 # problem is its target. Beyond every column, and far enough from int32's end for differences of positions.
@@ -214,3 +224,8 @@ def is_centred(problem: Problem, plan: Plan) -> bool:
 def pairs_a_witness(n: int) -> int:
     """Of n tokens the pair at places 2 i and 2 i + 1 counts for the centres where this divides i."""
     return max(1, n // WITNESSES)
+
+
+def is_witness(tokens: Tensor, n: int) -> Tensor:
+    """Whether the tokens at these places, of n, count for the centres."""
+    return tokens // 2 % pairs_a_witness(n) == 0

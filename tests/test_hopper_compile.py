@@ -1,4 +1,4 @@
-"""The warp-specialised kernels for Hopper compile without a GPU, within their registers; what their marks become."""
+"""The warp-specialised kernels for Hopper compile without a GPU, within their registers."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 exact.
 
 The variance of an entry is P (eps - P). In dE it meets the classifier's rows less the mean of those kept for the other
-half of the tokens, a control variate: the sum of a row of dZ is known to be 0.
+half of the tokens, a control variate: the sum of a row of dZ is known.
 
 Draws come from a counter-based hash of (seed, row, column).
 Sources: Wangni et al., Gradient sparsification for communication-efficient distributed optimization, NeurIPS 2018;

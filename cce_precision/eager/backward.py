@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import Filter, FilterKind, Operand, power_of_two
-from ..problem import Heads, Plan, Problem, Upstream, is_centred, pairs_a_witness
+from ..problem import Heads, Plan, Problem, Upstream, is_centred, is_witness
 from .accumulate import Accumulator
 from .filters import sampled, tile_survives
 from .tiles import (
@@ -27,7 +27,7 @@ from .tiles import (
     vocabulary_order,
 )
 
-__all__ = ["backward", "centres", "count_kept"]
+__all__ = ["backward", "by_parity", "centres", "count_kept"]
 
 NEGLIGIBLE = -1024.0  # exp of less is 0 in fp64 too
 MOST_GATHERED = 1024  # tokens whose rows are gathered at a time
@@ -92,8 +92,6 @@ class Backward:
         self.smooth_apart = self.factors.sigma is not None and problem.softcap is None
         self.smooth_inside = self.factors.sigma is not None and problem.softcap is not None
         self.centred = is_centred(problem, plan)
-        subset = self.variant.filter_e.kind is FilterKind.SUBSET
-        self.least = self.variant.filter_e.threshold(problem.operand_dtype) if subset else 0.0
 
     def weight(self, columns: Columns) -> Tensor:
         """Column weights (columns,) of the smoothing part."""
@@ -195,7 +193,7 @@ class Backward:
                     d_e.add(index, y_e @ c)
                     if counts is not None:
                         row_sums[index] += y_e.sum(1)
-                        count_kept(counts, y_e, block.p, self.least, index, columns, problem.n)
+                        count_kept(counts, y_e, block.p, problem, variant.filter_e, index, columns)
                 if x_c is not None:
                     bias_sum += x_c.sum(0)
                     if sum_c is not None:
@@ -263,16 +261,20 @@ def count_kept(
     counts: Tensor,
     x: Tensor,  # (rows, columns) of dZ
     p: Tensor,  # (rows, columns) probabilities
-    least: float,  # that they must have: eps of a subset filter, else 0
+    problem: Problem,
+    filt: Filter,
     index: slice | Tensor,
     columns: Columns,
-    n: int,
 ) -> None:
-    """counts (2, V) += how many entries are kept, by column, for the even and odd tokens of n that make the centres."""
+    """counts (2, V) += how many entries are kept, by column, for the even and odd tokens that make the centres."""
     tokens = as_ids(index, x)
-    kept = (x != 0) & ~(p < least) & (tokens // 2 % pairs_a_witness(n) == 0)[:, None]
-    kept = kept.to(counts.dtype)
-    counts[:, columns.index] += counts.new_zeros(2, x.shape[1]).index_add_(0, tokens % 2, kept)
+    kept = (x != 0) & ~(p < filt.kept_from(problem.operand_dtype)) & is_witness(tokens, problem.n)[:, None]
+    counts[:, columns.index] += by_parity(kept.to(counts.dtype), tokens)
+
+
+def by_parity(x: Tensor, tokens: Tensor) -> Tensor:
+    """(2, columns): the sums of the rows of x (rows, columns) of even and of odd tokens."""
+    return x.new_zeros(2, x.shape[1]).index_add_(0, tokens % 2, x)
 
 
 def centres(counts: Tensor, c: Tensor) -> Tensor:

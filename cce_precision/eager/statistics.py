@@ -8,7 +8,7 @@ from torch import Tensor
 from ..numerics import FilterKind, unit_roundoff
 from ..problem import Heads, Plan, Problem, Statistics, Upstream
 from ..promise import Seen, distances, row_norms
-from .backward import Backward, as_ids, centres, count_kept
+from .backward import Backward, as_ids, by_parity, centres, count_kept
 from .filters import sampled, tile_survives
 from .tiles import block_shape, column_blocks, row_blocks
 
@@ -70,15 +70,14 @@ def seen_of(pass_: Backward) -> Seen:
             block = pass_.block(e, c, index, columns)
             small, ids, tokens = block.p < eps, as_ids(columns.index, block.p) + first, as_ids(index, block.p)
             mass[index] += torch.where(small, 0, block.p).sum(1)
-            for_e, for_c = (sampled(block.p, filt, eps, seed, tokens, columns, ids, x, first) for x in (True, False))
-            x = for_e * alpha[index][:, None]
-            count_kept(counts, x, block.p, pass_.least, index, columns, problem.n)
+            for_e, for_c = (
+                sampled(block.p, filt, eps, seed, tokens, columns, ids, over_columns, first)
+                for over_columns in (True, False)
+            )
+            count_kept(counts, for_e * alpha[index][:, None], block.p, problem, filt, index, columns)
             factor = alpha[index][:, None] if block.slope is None else alpha[index][:, None] * block.slope
             drawn_e, drawn_c = (torch.where(small, x, 0) * factor for x in (for_e, for_c))
-            by_column = drawn_e.square()
-            squares[:, columns.index] += torch.zeros_like(squares[:, : by_column.shape[1]]).index_add_(
-                0, tokens % 2, by_column
-            )
+            squares[:, columns.index] += by_parity(drawn_e.square(), tokens)
             energy_c += (drawn_c * norms_e[index][:, None]).square().sum()
     if pass_.centred:
         norms_c = torch.stack([_from(centre, problem.c, norms_c) for centre in centres(counts, problem.c)])

@@ -64,8 +64,7 @@ def backward_filtered(
     terms = row_terms(problem, plan, heads, upstream, problem.targets)
     if kept_filter(problem, plan) is None:
         return dense(problem, plan, clean_rows(problem), terms, need, seed)
-    centred = need[0] and is_centred(problem, plan)
-    return sparse(problem, plan, heads, terms, need, seed, record, centred)
+    return sparse(problem, plan, heads, terms, need, seed, record)
 
 
 def side_filter(
@@ -151,7 +150,6 @@ def sparse(
     need: tuple[bool, bool, bool],
     seed: Tensor,
     record: Tensor | None,
-    centred: bool,
 ) -> Gradients:
     """The kept entries as a sparse matrix, the tail of a subset filter by small dense products; or the exact gradient,
     where the entries do not fit or their filter cannot keep plan.tolerance.
@@ -165,7 +163,7 @@ def sparse(
     kept = ElementFilter.of(filt, problem.operand_dtype, seed)
     lists = lists_of(words, problem.c, lse, buffers.tokens, buffers.blocks)
     del words
-    entries = entries_of(problem, e, terms, kept, lists, buffers, centred)
+    entries = entries_of(problem, e, terms, kept, lists, buffers, need_e and is_centred(problem, plan))
     centre = None if entries.counts is None else centres(problem, entries.counts)
     dense_way = Answer(entries.dense)
     segments = TokensByTarget.of(problem.targets, v)
@@ -178,10 +176,7 @@ def sparse(
     if filt.kind is FilterKind.SUBSET:
         tail = tail_of(problem, plan, e, terms, filt, seed, entries.dense, centre)
     if d_e is not None:
-        base = excess = None
-        if tail is not None:
-            excess = None if centre is None else torch.zeros(n, dtype=torch.float32, device=device)
-            base = tail_of_rows(problem, terms, tail, shift_e, d_c, excess)
+        base, excess = (None, None) if tail is None else tail_of_rows(problem, terms, tail, shift_e, d_c)
         finish_rows(problem, terms, entries, d_e, base, shift_e, centre, excess)
         del base
     seen = None if plan.tolerance is None else seen_of(problem, terms, entries, kept, heads.nll, centre)
@@ -207,14 +202,11 @@ def centres(problem: Problem, counts: Tensor) -> Tensor:
 
 
 def tail_of_rows(
-    problem: Problem,
-    terms: RowTerms,
-    tail: Tail,
-    shift: Tensor | None,
-    d_c: Tensor | None,
-    excess: Tensor | None,  # (N,) fp32: += the row sums of the tail
-) -> Tensor:
-    """(N, D) fp32: the target's terms of dE and the tail, where d_c has room in d_c, which is not yet written."""
+    problem: Problem, terms: RowTerms, tail: Tail, shift: Tensor | None, d_c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(N, D) fp32: the target's terms of dE and the tail, where d_c has room in d_c, which is not yet written; and what
+    `Tail.add_to_rows` returns.
+    """
     n, d, dtype = problem.n, problem.d, problem.operand_dtype
     sums, column = -(-n * d // 64) * 256, (n + d) * dtype.itemsize
     widest = min(WIDEST, -(-tail.columns_drawn.numel() // 8) * 8)
@@ -226,8 +218,7 @@ def tail_of_rows(
         room = torch.empty(sums + width * column, dtype=torch.uint8, device=problem.e.device)
     total = label_rows(problem, terms, shift, room[:sums].view(torch.float32)[: n * d].view(n, d))
     dz, rows = room[sums:][: width * column].view(dtype).split((n * width, width * d))
-    tail.add_to_rows(total, dz.view(n, width), rows.view(width, d), excess)
-    return total
+    return total, tail.add_to_rows(total, dz.view(n, width), rows.view(width, d))
 
 
 def tail_by_runs(

@@ -47,11 +47,12 @@ class Tail:
     energies: Tensor | None  # (2,) fp32: where wanted, the sums that promise.Seen knows, of dE and of dC, in and out
     centre: Tensor | None  # (2, D) fp32, see filtered.centres
 
-    def add_to_rows(self, total: Tensor, dz: Tensor, rows: Tensor, excess: Tensor | None) -> None:
+    def add_to_rows(self, total: Tensor, dz: Tensor, rows: Tensor) -> Tensor | None:
         """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W) and rows
-        (W, D); excess (N,) fp32 += the row sums of the tail.
+        (W, D). Returns the row sums of the tail, (N,) fp32, of a centred variant.
         """
         problem, drawn = self.problem, self.columns_drawn
+        excess = None if self.centre is None else torch.zeros_like(total[:, 0])
         where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
         where.scatter_(0, torch.where(drawn >= 0, drawn, problem.v), torch.arange(drawn.numel(), device=drawn.device))
         here = (problem.targets >= 0) & (problem.targets < problem.v)
@@ -71,6 +72,7 @@ class Tail:
                 excess += x.sum(1, dtype=torch.float32)
             if self.energies is not None:
                 self.energies[0] += self._energy(x, c)
+        return excess
 
     def _energy(self, x: Tensor, c: Tensor) -> Tensor:
         """0-dim fp32: the sum of x_ij^2 ||c_j||^2, of a centred variant with c_j less the centre of the token."""
