@@ -18,7 +18,7 @@ from cce_precision.analysis.bounds_softmax import NEGLIGIBLE, Softmax
 from cce_precision.analysis.bounds_sums import Contribution, Sum, filtered, new_sum
 from cce_precision.analysis.budget_stages import ALL_STAGES, Stage, Stages, stage_dtype, with_exact_stages
 from cce_precision.numerics import Accumulation, Filter, Operand, Variant
-from cce_precision.problem import Plan, Problem, is_centred, is_witness
+from cce_precision.problem import Plan, Problem, flushed_below, is_centred, is_witness
 
 __all__ = ["Factors", "GradientBounds", "Rows", "tiled_gradients"]
 
@@ -198,7 +198,7 @@ class _Tiled:
         p, s, f = self.p, rows.softmax, self.factors.at(rows.place)
         is_target = torch.zeros_like(s.p.value, dtype=torch.bool).scatter_(1, rows.targets[:, None], True)
         nothing = Computed.exact(torch.zeros_like(s.p.value))
-        whole = nothing.where(is_target, s.p)
+        whole = self._flushed(nothing.where(is_target, s.p), s)
         label = None if self.variant.label_apart else self.target_term(rows, f)
         p_hat, executed, survives = whole, None, None
         if filt.by_tile:
@@ -226,6 +226,15 @@ class _Tiled:
             unsure = own * (x.error + full.error) + 2.0**-50 * (x.value.abs() + full.value.abs())
             unsure = torch.where(change != 0, unsure, 0.0)
         return _Dz(x, self._operand(x, whole, filt), change, unsure, None if self.smooth_inside else executed)
+
+    def _flushed(self, p: Computed, s: Softmax) -> Computed:
+        """P (B, V), off by all of an entry that the kernels may write as 0, by P or by P times the softcap's slope."""
+        below = flushed_below(self.problem, Plan(self.variant))
+        if below == 0 or self.machine.kernels is None:
+            return p
+        least = p.value - p.error if s.slope is None else (p.value - p.error) * (s.slope.value - s.slope.error)
+        small = least < (1 + 2.0**-10) * below * s.complement.upper[:, None]
+        return Computed(p.value, torch.where(small, torch.maximum(p.error, p.value), p.error))
 
     def _from_probabilities(self, p_hat: Computed, s: Softmax, f: Factors) -> Computed:
         p = self.p

@@ -43,6 +43,7 @@ def _free_of_order(variant: Variant) -> Variant:
         accum_c=Accumulation.FP32,
         sort_vocabulary=False,
         centred=False,
+        flushed=False,
     )
 
 

@@ -40,7 +40,7 @@ def with_exact_stages(variant: Variant, stages: Stages) -> Variant:
     if Stage.FILTER not in stages:
         changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER}
     if Stage.DZ not in stages:
-        changed["operand"] = Operand.FP32
+        changed |= {"operand": Operand.FP32, "flushed": False}
     if Stage.SUM not in stages:
         changed |= {"accum_e": Accumulation.FP32, "accum_c": Accumulation.FP32}
     return dataclasses.replace(variant, **changed)  # type: ignore[arg-type]

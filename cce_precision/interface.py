@@ -325,12 +325,15 @@ def _statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> tup
             valid = problem.targets >= 0
             ones = valid.to(problem.compute_dtype)
             return ones, valid * problem.v, plan.variant.path.value, torch.zeros_like(ones)
+        backend = choose_backend(problem, plan)
+        if backend == "eager":  # the kernels alone flush
+            plan = dataclasses.replace(plan, variant=dataclasses.replace(plan.variant, flushed=False))
         kept, hits, deviation = statistics_of(problem, plan, heads, seed)
         norms = [block.to(deviation.dtype).norm(dim=1).amax() for block in problem.c.detach().split(4096)]
         longest = functools.reduce(torch.maximum, norms) * (1 + 2.0**-10)
         if plan.variant.centred:  # the centre is a mean of rows
             longest = 2 * longest
-        return kept, hits, choose_backend(problem, plan), deviation * longest / problem.temperature
+        return kept, hits, backend, deviation * longest / problem.temperature
 
 
 def compute_z_loss(

@@ -154,6 +154,10 @@ class Variant:
     centre, not by all of them. The centre is the mean row of the entries that are kept (of a subset filter those above
     eps) for tokens at even places for those at odd ones, and the other way round, so that no draw meets itself. When:
     `problem.is_centred`.
+    `flushed`: the kernels may write 0 for entries of dZ that all together, in their row, weigh less than auto_eps of
+    what the row is about, 1 - P_t: those below auto_eps (1 - P_t) / V. That is a sixteenth of what rounding the others
+    may lose, and where a softmax is peaked most entries are so small: products with zeros draw less power, which is
+    what limits products on a GPU. When: `problem.flushed_below`.
     `tile`: (tokens, columns) of one tile: the unit of a tile filter and the step of INPUT and KAHAN accumulation.
     """
 
@@ -169,12 +173,15 @@ class Variant:
     label_apart: bool = True
     sort_vocabulary: bool = False
     centred: bool = False
+    flushed: bool = False
     tile: tuple[int, int] = (128, 128)
 
     def __post_init__(self) -> None:
         if self.label_apart and self.accum_c is not Accumulation.FP32:
             raise ValueError(f"{self.name}: label_apart needs accum_c fp32, got {self.accum_c.value}")
         apart = self.label_apart and self.accum_e is Accumulation.FP32
+        if self.flushed and self.filtered:
+            raise ValueError(f"{self.name}: flushed is for variants without a filter")
         if self.centred and (self.filter_e.by_tile or not apart):
             raise ValueError(
                 f"{self.name}: centred needs a filter of dE by element (or none), label_apart and accum_e fp32, got "
@@ -224,12 +231,12 @@ class Variant:
     ) -> Variant:
         """This variant with the caller's options. Raises ValueError for an option that it cannot honour.
 
-        `filter_eps`: "auto", a probability, or None for no filter; `accum_*_fp32`: sum that gradient in fp32 whatever
-        the record says; `filter_*_grad=False`: leave that gradient unfiltered.
+        `filter_eps`: "auto", a probability, or None for no filter, and then nothing is flushed either; `accum_*_fp32`:
+        sum that gradient in fp32 whatever the record says; `filter_*_grad=False`: leave that gradient unfiltered.
         """
         changed: dict[str, object] = {}
         if filter_eps is None:
-            changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER}
+            changed |= {"filter_e": NO_FILTER, "filter_c": NO_FILTER, "flushed": False}
         elif filter_eps != "auto":
             if not self.filtered:
                 raise ValueError(

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant
+from .numerics import Accumulation, Filter, FilterKind, Granularity, Operand, Path, Variant, auto_eps
 
 __all__ = [
     "ELSEWHERE",
@@ -78,7 +78,7 @@ class Statistics(NamedTuple):
     The filter moves dE_i by at most |g_i| deviation_i max_j ||C_j||, of a centred variant by twice as much.
     """
 
-    kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter
+    kept_mass: Tensor  # sum_j P^_ij, the target's entry included; 1 without a filter, whatever is flushed
     hits: Tensor  # entries with P^_ij > 0, int64
     deviation: Tensor  # upper bound of sum_j |P^_ij - P_ij|, rounding included
 
@@ -113,7 +113,7 @@ class Plan:
         values: list[Any] = [v.name, v.path.value, v.operand.value, v.accum_e.value, v.accum_c.value]
         for f in (v.filter_e, v.filter_c):
             values += [f.kind.value, f.granularity.value, f.eps, f.share]
-        values += [v.label_apart, v.sort_vocabulary, v.centred, *v.tile, self.softcap, self.temperature]
+        values += [v.label_apart, v.sort_vocabulary, v.centred, v.flushed, *v.tile, self.softcap, self.temperature]
         values += [self.want_entropy, self.want_smooth, self.want_argmax]
         values += [self.backend, self.workspace_mb, self.want_record, self.partial_e, self.first_column, self.tolerance]
         values += [None] if self.one_pass is None else self.one_pass
@@ -143,6 +143,7 @@ class Plan:
             label_apart=flag(),
             sort_vocabulary=flag(),
             centred=flag(),
+            flushed=flag(),
             tile=(int(next(fields)), int(next(fields))),
         )
         plan = Plan(
@@ -219,6 +220,15 @@ def is_centred(problem: Problem, plan: Plan) -> bool:
     variant = plan.variant
     filtered = variant.by_element and variant.filter_e.threshold(problem.operand_dtype) > 0
     return variant.centred and filtered and problem.softcap is None and not plan.partial_e
+
+
+def flushed_below(problem: Problem, plan: Plan) -> float:
+    """The probability, as a multiple of 1 - P_t, below which the kernels may write an entry of dZ as 0. It is 0 for a
+    variant that is not `flushed`, an operand of more than 16 bits, and a shared vocabulary, whose size is not known.
+    """
+    dtype = problem.operand_dtype
+    flushed = plan.variant.flushed and dtype.itemsize == 2 and not plan.partial_e
+    return auto_eps(dtype) / max(problem.v, 1) if flushed else 0.0
 
 
 def pairs_a_witness(n: int) -> int:

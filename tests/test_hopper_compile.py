@@ -22,13 +22,14 @@ def hopper_matrix(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[{rows}, {columns}],{_LAYOUT!r}>"
 
 
-DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active)
-    "dz": (False,) * 8,
-    "filter": (True, False, False, True, False, False, False, False),
-    "filter record": (True, False, True, True, False, False, False, False),
-    "powers": (False, True, True, False, False, False, False, False),
-    "split": (False, False, False, False, True, False, True, False),
-    "softcap": (False, False, False, False, True, True, False, True),
+DZ_FLAGS = {  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active, flushed)
+    "dz": (False,) * 9,
+    "dz flushed": (False,) * 8 + (True,),
+    "filter": (True, False, False, True, False, False, False, False, False),
+    "filter record": (True, False, True, True, False, False, False, False, False),
+    "powers": (False, True, True, False, False, False, False, False, True),
+    "split": (False, False, False, False, True, False, True, False, False),
+    "softcap": (False, False, False, False, True, True, False, True, True),
 }
 
 

@@ -108,10 +108,10 @@ def matrix(dtype: str, tma: bool, rows: int, columns: int) -> str:
 
 PAIR, TRIPLE = ("i32", "i32"), ("i32", "i32", "i32")
 RECORD = (False,) * 6 + (True,)
-PLAIN = {"forward": (False,) * 7, "dz": (False,) * 14}
+PLAIN = {"forward": (False,) * 7, "dz": (False,) * 15}
 BUSY = {
     "forward": (True,) * 7,
-    "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False, True),
+    "dz": (True, True, True, True, True, False, False, True, False, False, False, False, False, True, True),
 }
 
 
@@ -179,6 +179,9 @@ def test_logits_kernels(kernel: str, arch: str, dtype: str) -> None:
     function = heads.forward_kernel if kernel == "forward" else dz.dz_kernel
     arguments = logits_arguments(kernel, config, dtype, arch != "sm_80", PLAIN[kernel])
     check(arguments, function, arch, num_warps=config.warps, num_stages=config.stages)
+    if kernel == "dz" and dtype == "bf16":
+        arguments |= {"FLAGS": Constant((False,) * 14 + (True,))}  # what is flushed
+        check(arguments, function, arch, num_warps=config.warps, num_stages=config.stages)
 
 
 @pytest.mark.parametrize("arch", sorted(CAPABILITY))
@@ -191,7 +194,7 @@ def test_forward_with_a_record(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", sorted(CAPABILITY))
 def test_split_and_filter(arch: str) -> None:
-    flags = (False,) * 6 + (True,) + (False,) * 7
+    flags = (False,) * 6 + (True,) + (False,) * 8
     config = launch._CONFIGS["dz"][arch][2]
     check(
         logits_arguments("dz", config, "bf16", arch != "sm_80", flags),
@@ -202,7 +205,7 @@ def test_split_and_filter(arch: str) -> None:
     )
     flat = arch != "sm_80"
     config = launch.Config(128, 128, 64 if flat else 32, 8, 4, flatten=flat)
-    flags = (False,) * 5 + (True, False, False, True, True, False, False, False, False)
+    flags = (False,) * 5 + (True, False, False, True, True) + (False,) * 5
     check(
         logits_arguments("dz", config, "bf16", flat, flags),
         dz.dz_kernel,
@@ -300,25 +303,26 @@ def test_row_kernels(arch: str) -> None:
         "terms": FP32,
         "again": I32,
         "stride_c": PAIR,
-        "largest": "fp32",
+        **dict.fromkeys(("largest", "below"), "fp32"),
         "HEIGHT": Constant(128),
         "ROWS": Constant(16),
         "TILES": Constant(64),
         "FEATURES": Constant(1024),
     }
-    for kernel in (one_pass_rows.start_rows_kernel, one_pass_rows.restart_rows_kernel, one_pass_rows.heads_kernel):
+    of_rows = one_pass_rows.start_rows_kernel, one_pass_rows.restart_rows_kernel, one_pass_rows.heads_kernel
+    for kernel in (*of_rows, one_pass_rows.flushed_below_kernel):
         check({name: powers[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
     upstream = {
         "upstream": (FP32,) * 4,
         "strides": ("i32",) * 4,
         **dict.fromkeys(("total", "power", "scale", "nll", "lse", "entropy", "terms", "label"), FP32),
         **dict.fromkeys(("targets", "problem_targets"), I64),
-        **dict.fromkeys(("temperature", "over_cap"), "fp32"),
+        **dict.fromkeys(("temperature", "over_cap", "flushed_below"), "fp32"),
         "n": "i32",
         "TOKENS": Constant(512),
     }
-    for by_element in (False, True):
-        flags = {"FLAGS": Constant((True,) * 5 + (by_element,))}
+    for last in ((False, False), (True, False), (False, True)):
+        flags = {"FLAGS": Constant((True,) * 5 + last)}
         for kernel in (row_terms.power_kernel, row_terms.row_terms_kernel):
             check({name: (upstream | flags)[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)
     combine = {

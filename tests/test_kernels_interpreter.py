@@ -429,3 +429,59 @@ def test_label_sums(n: int) -> None:
             assert bool(((row - terms.sum(0)).abs() <= int(own.sum()) * 2.0**-24 * terms.abs().sum(0)).all())
             assert row.any()
     assert long >= (n > 2 * SHORT) and int(found.sums[:, 0].isfinite().sum()) == long
+
+
+def spread_out(n: int, v: int) -> tuple[Problem, torch.Tensor]:
+    """Logits of a standard deviation of about 6, and P (N, V) without the target's."""
+    problem = problem_of(n, v, 16, torch.bfloat16, 1.25)
+    p = torch.softmax(problem.e.double() @ problem.c.double().T, 1)
+    return problem, p.scatter(1, problem.targets[:, None], 0.0)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_what_weighs_nothing_is_flushed(softcap: float | None) -> None:
+    """Entries of dZ below auto_eps (1 - P_t) / V are 0 and no others (before or after the softcap's slope), and with
+    filter_eps=None none is.
+    """
+    from cce_precision.kernels.dz import Run, write_dz
+    from cce_precision.kernels.row_terms import row_terms
+
+    problem, p = spread_out(20, 300)
+    problem, slope = dataclasses.replace(problem, softcap=softcap), torch.ones_like(p)
+    if softcap is not None:
+        z = softcap * torch.tanh(problem.e.double() @ problem.c.double().T / softcap)
+        p, slope = torch.softmax(z, 1).scatter(1, problem.targets[:, None], 0.0), 1 - (z / softcap) ** 2
+    ratio = p / (torch.finfo(torch.bfloat16).eps / 32 * p.sum(1, keepdim=True) / problem.v)
+    for variant in (EXACT, EXACT.configure(None)):
+        plan = Plan(variant)
+        heads, _ = kernels.forward(problem, plan)
+        terms = row_terms(problem, plan, heads, Upstream(torch.ones(problem.n)), problem.targets)
+        dz = torch.full((problem.n, problem.v), torch.nan, dtype=torch.bfloat16)
+        write_dz(problem, problem.e, Run(0, problem.c, None, None), terms, dz, None, False)
+        others = torch.ones_like(p, dtype=torch.bool).scatter_(1, problem.targets[:, None], False)
+        zero, slack = (dz == 0) & others, 2.0**-6
+        assert not dz.isnan().any()
+        if variant.flushed:
+            assert zero[(ratio < 1 - slack) & others].all() and not zero[(ratio * slope > 1 + slack)].any()
+            assert 0.1 < zero.float().mean() < 0.9
+        else:
+            assert not zero.any()
+
+
+def test_powers_are_flushed_by_what_a_sample_of_the_odds_says() -> None:
+    """Never more than the definition allows, and nothing in a row that begins again from its maximum."""
+    from cce_precision.kernels.one_pass_rows import Rows, fill_powers
+    from cce_precision.problem import flushed_below
+
+    problem, _ = spread_out(10, 4096)
+    problem.e[0] = 10 * problem.c[5]  # far above its target's logit
+    p = torch.softmax(problem.e.double() @ problem.c.double().T, 1).scatter(1, problem.targets[:, None], 0.0)
+    powers = torch.full((problem.n, problem.v), torch.nan, dtype=torch.bfloat16)
+    below = flushed_below(problem, Plan(EXACT))
+    fill_powers(problem, problem.e, problem.targets, powers, Rows.empty(problem.n, problem.e.device), below)
+    others = torch.ones_like(p, dtype=torch.bool).scatter_(1, problem.targets[:, None], False)
+    zero = (powers == 0) & others & (p > 2.0**-100)  # no underflow
+    assert not powers.isnan().any() and not zero[0].any() and zero[1:].any(1).all()
+    assert (p < (1 + 2.0**-6) * below * p.sum(1, keepdim=True))[zero].all()
+    told = p[:, :256].sum(1, keepdim=True)
+    assert zero[1:][(p < (1 - 2.0**-6) * below * told)[1:] & others[1:] & (p > 2.0**-100)[1:]].all()

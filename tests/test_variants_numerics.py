@@ -28,7 +28,7 @@ from cce_precision.eager.accumulate import Accumulator
 from cce_precision.eager.backward import Backward
 from cce_precision.eager.filters import sampled
 from cce_precision.eager.tiles import column_blocks, row_blocks, valid_rows, vocabulary_order
-from cce_precision.numerics import Accumulation, FilterKind, Operand, Variant
+from cce_precision.numerics import Accumulation, FilterKind, Operand, Variant, unit_roundoff
 from cce_precision.problem import Heads, Plan, Problem, Upstream
 from cce_precision.variants import ALL
 from tests.strategies import EAGER, FILTERED, TILED, knobs
@@ -307,6 +307,20 @@ def test_statistics_of_the_interface(impl: str) -> None:
     assert result.stats.kept_mass.shape == problem.targets.shape
     if not ALL[impl].filtered:
         assert not result.stats.certificate.any()
+
+
+def test_statistics_of_what_is_flushed() -> None:
+    """At most a sixteenth of what rounding the operand may lose, in 16 bits."""
+    problem = problem_of()
+    plan = Plan(ALL["cce_exact"])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        low = dataclasses.replace(problem, e=problem.e.to(dtype), c=problem.c.to(dtype))
+        heads, valid = forward(low, plan), low.targets >= 0
+        found = statistics(low, plan, heads, torch.tensor(0)).deviation
+        assert not found[~valid].any() and (found[valid] > 0).all() == (dtype != torch.float32)
+        if dtype != torch.float32:
+            most = unit_roundoff(dtype) / 16 * -torch.expm1(-heads.nll[valid])
+            assert ((found[valid] / most - 1).abs() < 2.0**-8).all()
 
 
 # Memory: never more than one tile row of logits.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import FilterKind, unit_roundoff
-from ..problem import Heads, Plan, Problem, Statistics, Upstream
+from ..problem import Heads, Plan, Problem, Statistics, Upstream, flushed_below
 from ..promise import Seen, distances, row_norms
 from .backward import Backward, as_ids, by_parity, centres, count_kept
 from .filters import sampled, tile_survives
@@ -52,7 +52,10 @@ def statistics(problem: Problem, plan: Plan, heads: Heads, seed: Tensor) -> Stat
             mass[index] += p_hat.sum(1) + p_t
             hits[index] += (p_hat > 0).sum(1) + (p_t > 0)
             deviation[index] += (p_hat - p).abs_().sum(1) + off_t
-    return Statistics(mass, hits, _inflate(problem, heads, deviation, longest_c) if filt else deviation)
+    if not filt:  # the kernels may flush what weighs so much at most
+        most = (1 + 2.0**-10) * flushed_below(problem, plan) * problem.v
+        return Statistics(mass, hits, deviation + most * torch.where(problem.targets >= 0, pass_.complement, 0))
+    return Statistics(mass, hits, _inflate(problem, heads, deviation, longest_c))
 
 
 def seen_of(pass_: Backward) -> Seen:

@@ -43,7 +43,7 @@ def dz_kernel(
     bias,  # (W,) or unused
     weight,  # (W,) column weights of the smooth head, or unused
     targets,  # (N,) int64 positions in visiting order, -1 where ignored
-    rows_terms,  # (6, N) fp32: lse, alpha, kappa, entropy, sigma, 1 - P_t
+    rows_terms,  # (6, N) fp32: lse, alpha, kappa, entropy, sigma, 1 - P_t or what entries are flushed below
     label,  # (N,) fp32 the label's entry of dZ: before the slope where it stands in dz, after it where apart
     dz,  # (N, W) operand dtype: descriptor or pointer
     dz_low,  # (N, W) what rounding dz lost, or unused
@@ -63,7 +63,7 @@ def dz_kernel(
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
     # (bias, softcap, entropy, smooth, weight, label, split, sums, filter, skip dead tiles, sums of surviving tiles
-    # alone, row statistics, chosen tiles, active)
+    # alone, row statistics, chosen tiles, active, flushed)
     FLAGS: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -117,6 +117,9 @@ def dz_kernel(
             out = row_stats + wide(n) * tile + rows
             tl.store(out, tl.sum(tl.where(known, x, 0.0), 1), mask=inside)
             tl.store(out + wide(n) * tiles, tl.max(tl.where(known, z, float("-inf")), 1), mask=inside)
+        if FLAGS[14]:
+            least = tl.load(rows_terms + wide(n) * 5 + rows, mask=inside, other=0.0)
+            x = tl.where(x < least[:, None], 0.0, x)
         survives = True
         if FILTER:  # as integers non-negative floats keep their order, and NaN is the largest
             complement = tl.load(rows_terms + wide(n) * 5 + rows, mask=inside & hit, other=0.0)
@@ -285,6 +288,7 @@ def _launch(
         row_stats is not None,
         outputs.chosen is not None,
         outputs.active is not None,
+        terms.flushed,
     )
     bits = 0 if tile_filter is None else tile_filter.bits
     made_for = config.hopper if tile_filter is None else tile_filter.tile == (128, 128)

@@ -93,6 +93,9 @@ def dz_band(
             x = gl.where(columns[None, :] == local[:, None], 0.0, x)
         if STATS:
             gl.store(row_stats + gl.to_tensor(n).to(gl.int64) * tile + rows, gl.sum(x, 1), mask=inside)
+        if FLAGS[8]:
+            least = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) * 5 + rows, mask=inside, other=0.0)
+            x = gl.where(x < least[:, None], 0.0, x)
         if FILTER:  # as integers non-negative floats keep their order, and NaN is the largest
             complement = gl.load(rows_terms + gl.to_tensor(n).to(gl.int64) * 5 + rows, mask=inside & hit, other=0.0)
             complement = complement.to(gl.int32, bitcast=True) & 0x7FFFFFFF
@@ -141,7 +144,7 @@ def hopper_dz_kernel(
     start,
     temperature,
     softcap,
-    FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active)
+    FLAGS: gl.constexpr,  # (label, row statistics, chosen tiles, filter, bias, softcap, split, active, flushed)
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -195,7 +198,7 @@ def launch_dz(
         chosen = units_of(chosen, group, 1 if alive is None else 2)  # a filter's tiles have 128 columns
     optional = (terms.label_inside, stats is not None, chosen is not None, alive is not None)
     split, active = dz_low is not None, outputs.active is not None
-    flags = (*optional, run.bias is not None, problem.softcap is not None, split, active)
+    flags = (*optional, run.bias is not None, problem.softcap is not None, split, active, terms.flushed)
     hopper_dz_kernel[(min(units, multiprocessors(e.device)),)](
         describe(e, 64, 64),
         describe(run.c, 256, 64),

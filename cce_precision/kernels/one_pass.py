@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics import Operand
-from ..problem import Heads, Plan, Problem
+from ..problem import Heads, Plan, Problem, flushed_below
 from .dense import accumulate_product, slices
 from .entry import entry
 from .labels import Labels, sums_size
@@ -197,7 +197,8 @@ def forward_one_pass(problem: Problem, plan: Plan) -> tuple[Heads, Unfinished]:
     if left.powers.numel():
         rows = Rows.empty(problem.n, problem.e.device)
         powers = left.powers[:, : min(problem.v, left.powers.shape[1])]
-        fill_powers(_aligned(problem), clean_rows(problem), problem.targets, powers, rows)
+        below = flushed_below(problem, plan)
+        fill_powers(_aligned(problem), clean_rows(problem), problem.targets, powers, rows, below)
         left = left._replace(factor=rows.factor, label=rows.label)
     else:
         rows = _by_chunks(problem, plan, left)
@@ -215,7 +216,7 @@ def _by_chunks(problem: Problem, plan: Plan, left: Unfinished) -> Rows:
     rows = Rows.empty(n, c.device)
     for chunk in slices(n, tokens):
         own, some = powers[: chunk.stop - chunk.start], rows.of(chunk)
-        fill_powers(problem, e[chunk], targets[chunk], own, some)
+        fill_powers(problem, e[chunk], targets[chunk], own, some, flushed_below(problem, plan))
         if left.sums_e.numel():
             for run in slices(v, _COLUMNS_A_SUM):
                 accumulate_product(left.sums_e[chunk], own[:, run], c[run], run.start == 0)

@@ -22,6 +22,8 @@ __all__ = ["Rows", "fill_powers", "finish_rows", "plain_terms", "weighted_rows"]
 
 _LARGEST_EXPONENT = 60.0  # e^60 times any vocabulary stays below the largest fp32
 _ROWS, _TILES = 16, 64  # of the statistics that a program reads at once
+_LEAST_COLUMNS = 4096  # of a vocabulary that is worth two more launches
+_SAMPLED = 128  # one of so many columns, the first, tells what the odds are at least
 
 
 class Rows(NamedTuple):
@@ -40,11 +42,11 @@ class Rows(NamedTuple):
         return Rows(*(x[chunk] for x in self))
 
 
-def plain_terms(targets: Tensor, rows: Tensor, label: Tensor, scale: Tensor) -> RowTerms:
-    """Terms that make dZ the powers relative to rows[0] of rows (6, T), whose other rows are 1, 0, 0, 0, 0, with the
-    label apart.
+def plain_terms(targets: Tensor, rows: Tensor, label: Tensor, scale: Tensor, flushed: bool = False) -> RowTerms:
+    """Terms that make dZ the powers relative to rows[0] of rows (6, T), whose other rows are 1, 0, 0, 0 and what the
+    powers are flushed below, with the label apart.
     """
-    return RowTerms(targets, rows, label, scale, False, False, False, False)
+    return RowTerms(targets, rows, label, scale, False, False, False, False, flushed)
 
 
 @entry
@@ -77,9 +79,37 @@ def start_rows_kernel(
 
 @entry
 @triton.jit
+def flushed_below_kernel(
+    sums,  # (column tiles, T) fp32: of the powers of some columns
+    terms,  # (6, T) fp32 of RowTerms, the last out
+    n,
+    tiles,
+    below,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Powers are flushed that are below `below` times the odds, which are at least those of some columns."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    odds = row_sums(sums, rows, n, tiles, ROWS, TILES)
+    tl.store(terms + wide(n) * 5 + rows, odds * below, mask=rows < n)
+
+
+@triton.jit
+def row_sums(sums, rows, n, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """The sums (column tiles, T) over the column tiles, in an order that depends on their number alone."""
+    total = tl.zeros((TILES, ROWS), tl.float32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        inside = (tile < tiles)[:, None] & (rows < n)[None, :]
+        total += tl.load(sums + tile[:, None].to(tl.int64) * n + rows[None, :], mask=inside, other=0.0)
+    return tl.sum(total, 0)
+
+
+@entry
+@triton.jit
 def restart_rows_kernel(
     maxima,  # (column tiles, T) fp32
-    reference,  # (T,) fp32, in and out
+    terms,  # (6, T) fp32 of RowTerms, the first, the reference, in and out
     again,  # (row blocks,) int32 zeros
     n,
     tiles,
@@ -88,7 +118,9 @@ def restart_rows_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Rows whose largest logit is too far above their reference begin again from it, and with them their block."""
+    """Rows whose largest logit is too far above their reference begin again from it, and with them their block. Nothing
+    of them is flushed, whose sums may have overflowed.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     highest = tl.full((TILES, ROWS), float("-inf"), tl.float32)
     for first in range(0, tiles, TILES):
@@ -97,9 +129,10 @@ def restart_rows_kernel(
         at = maxima + tile[:, None].to(tl.int64) * n + rows[None, :]
         highest = tl.maximum(highest, tl.load(at, mask=inside, other=float("-inf")))
     top = tl.max(highest, 0)
-    known = tl.load(reference + rows, mask=rows < n, other=float("inf"))
+    known = tl.load(terms + rows, mask=rows < n, other=float("inf"))
     high = top - known > largest
-    tl.store(reference + rows, top, mask=high)
+    tl.store(terms + rows, top, mask=high)
+    tl.store(terms + wide(n) * 5 + rows, 0.0, mask=high)
     some = tl.max(high.to(tl.int32), 0)
     if some > 0:
         tl.atomic_max(again + tl.program_id(0) * ROWS // HEIGHT, some)
@@ -121,14 +154,8 @@ def heads_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The row sums over the column tiles, in an order that depends on their number alone, and the heads."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((TILES, ROWS), tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        inside = (tile < tiles)[:, None] & (rows < n)[None, :]
-        total += tl.load(sums + tile[:, None].to(tl.int64) * n + rows[None, :], mask=inside, other=0.0)
-    odds = tl.sum(total, 0)
+    odds = row_sums(sums, rows, n, tiles, ROWS, TILES)
     r, z_t = tl.load(reference + rows, mask=rows < n, other=0.0), tl.load(target_logit + rows, mask=rows < n, other=0.0)
     counts = tl.load(targets + rows, mask=rows < n, other=-1) >= 0
     gap = tl.log(odds) + (r - z_t)  # log of the odds against the target
@@ -140,16 +167,24 @@ def heads_kernel(
     tl.store(factor + rows, tl.where(counts, exp(r - z_t - loss), 0.0), mask=rows < n)
 
 
-def fill_powers(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor, found: Rows) -> None:
-    """Fills the powers of the tokens e (T, D) contiguous, ignored ones 0, and what they tell of them."""
+def fill_powers(problem: Problem, e: Tensor, targets: Tensor, powers: Tensor, found: Rows, below: float) -> None:
+    """Fills the powers of the tokens e (T, D) contiguous, ignored ones 0, and what they tell of them. Those below
+    `below` times the odds against the target may be 0; of the odds the first columns tell what they are at least.
+    """
     n, c, device = e.shape[0], problem.c, e.device
     terms = torch.empty((6, n), dtype=torch.float32, device=device)
     z_t = torch.empty(n, dtype=torch.float32, device=device)
     features = min(1024, next_power_of_2(problem.d))
     start_rows_kernel[(n,)](e, c, targets, z_t, terms, n, problem.d, tuple(c.stride()), FEATURES=features)
-    plain = plain_terms(targets, terms, z_t, z_t)
+    height, grid = block_rows(c), (cdiv(n, _ROWS),)
+    flushed = below > 0 and problem.v >= _LEAST_COLUMNS
+    if flushed:
+        some = max(problem.v // _SAMPLED // 256, 1) * 256
+        stats = write_powers(problem, e, c[:some], plain_terms(targets, terms, z_t, z_t), powers[:, :some], None, None)
+        flushed_below_kernel[grid](stats[0], terms, n, stats.shape[1], below, ROWS=_ROWS, TILES=_TILES)
+    plain = plain_terms(targets, terms, z_t, z_t, flushed)
     stats = write_powers(problem, e, c, plain, powers, None, None)
-    tiles, height, grid = stats.shape[1], block_rows(c), (cdiv(n, _ROWS),)
+    tiles = stats.shape[1]
     again = torch.zeros(cdiv(n, height), dtype=torch.int32, device=device)
     restart_rows_kernel[grid](
         stats[1], terms, again, n, tiles, _LARGEST_EXPONENT, HEIGHT=height, ROWS=_ROWS, TILES=_TILES

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Heads, Plan, Problem, Upstream
+from ..problem import Heads, Plan, Problem, Upstream, flushed_below
 from .entry import entry
 from .launch import cdiv
 from .primitives import exp, expm1, wide
@@ -89,8 +89,10 @@ def row_terms_kernel(
     label,  # (N,) fp32, out
     n,
     over_cap,  # temperature / softcap
+    flushed_below,  # as a multiple of 1 - P_t
     TOKENS: tl.constexpr,
-    # which heads have an upstream gradient; whether the label takes the softcap's slope; whether a filter is by element
+    # which heads have an upstream gradient; whether the label takes the softcap's slope; whether a filter is by
+    # element; whether entries are flushed
     FLAGS: tl.constexpr,
 ):
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -111,6 +113,8 @@ def row_terms_kernel(
     at_target = -missing  # what a tile filter compares there: |P - onehot|, and P too for heads beside nll
     if FLAGS[5]:
         at_target = alpha - beta
+    elif FLAGS[6]:
+        at_target *= flushed_below
     elif FLAGS[1] or FLAGS[2] or FLAGS[3]:
         at_target = tl.maximum(at_target, p_t, propagate_nan=tl.PropagateNan.ALL)
     out = terms + rows
@@ -137,6 +141,7 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
     gradients = tuple(label if g is None else g for g in upstream)
     strides = tuple(g.stride(0) for g in gradients)
     apart = problem.softcap is not None and plan.variant.label_apart
+    below = flushed_below(problem, plan)
     if n > 0:
         known = (problem.targets, gradients, strides, total, power)
         power_kernel[(1,)](*known, scale, n, float(problem.temperature), TOKENS=4096, FLAGS=given, num_warps=8)
@@ -149,8 +154,9 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
             label,
             n,
             problem.temperature / (problem.softcap or 1.0),
+            below,
             TOKENS=_TOKENS,
-            FLAGS=(*given, apart, plan.variant.by_element),
+            FLAGS=(*given, apart, plan.variant.by_element, below > 0),
         )
     return RowTerms(
         targets=targets,
@@ -161,4 +167,5 @@ def row_terms(problem: Problem, plan: Plan, heads: Heads, upstream: Upstream, ta
         smooth_inside=upstream.smooth is not None and problem.softcap is not None,
         smooth_apart=upstream.smooth is not None and problem.softcap is None,
         label_inside=not plan.variant.label_apart,
+        flushed=below > 0,
     )

@@ -32,7 +32,7 @@ class RowTerms:
 
     targets: Tensor  # (N,) int64 positions in visiting order, -1 where ignored
     # (6, N): lse (inf where ignored, hence P = 0), alpha, kappa, entropy, sigma, and the tile filter's entry at the
-    # target or, of a filter by element, alpha - beta
+    # target or, of a filter by element, alpha - beta, or the probability below which entries are flushed
     terms: Tensor
     # (N,) the target's entry of dZ; before the softcap's slope if it stands in the operand, after it if apart
     label: Tensor
@@ -41,6 +41,7 @@ class RowTerms:
     smooth_inside: bool  # whether -sigma w belongs into x (with a softcap)
     smooth_apart: bool  # whether it is rank one and added apart
     label_inside: bool  # whether the label's entry stands in the operand
+    flushed: bool  # whether the last of the terms says what is flushed
 
     @property
     def sigma(self) -> Tensor:
