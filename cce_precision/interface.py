@@ -107,7 +107,7 @@ def linear_cross_entropy(
             unreduced loss then has shape (..., T - k).
         return_lse: also return the log-sum-exp of each token, differentiable, 0 where ignored: (loss, lse).
         filter_eps: probability below which a filtering variant skips; "auto" is finfo(dtype).eps / 32; None filters
-        nothing. accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
+        nothing and flushes nothing. accum_e_fp32, accum_c_fp32: sum that gradient in fp32 whatever the variant says.
         filter_e_grad, filter_c_grad: False leaves that gradient unfiltered.
         impl: a variant's name or alias (`cce-precision variants` lists them), or a `Variant` record. "auto": the
             fastest by a committed table of measurements that meets `tolerance` in `workspace_mb`; it depends on shapes,
