@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -209,7 +210,15 @@ def test_ctrl_c_keeps_what_was_measured() -> None:
     assert by_kind(stopped.value.rows, "cce_exact")["loss-fw-bw"]["rounds"] == 2
 
 
-def test_ctrl_c_waits_for_a_capture() -> None:
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell has started this in the background, with that signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_a_capture(heard: None) -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), bench_job.deferred():
         os.kill(os.getpid(), signal.SIGINT)
