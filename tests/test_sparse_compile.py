@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 
-from cce_precision.kernels import elements, entries, exact, hits, launch, lists, sparse  # noqa: E402
+from cce_precision.kernels import elements, entries, exact, hits, launch, lists, sparse, subsets  # noqa: E402
 from tests.test_hopper_compile import hopper_matrix  # noqa: E402
 from tests.test_kernels_compile import (  # noqa: E402
     CAPABILITY,
@@ -342,7 +342,20 @@ def test_lists(arch: str) -> None:
         "share": "i32",
         "count": "i32",
         "first": "i32",
-        "STREAM": Constant(1),
+        "OVER_COLUMNS": Constant(True),
         "BLOCK": Constant(256),
     }
     check(members, elements.members_kernel, arch, num_warps=4)
+    tail = {
+        **dict.fromkeys(("seed", "order", "columns", "targets", "part_targets", "among"), I64),
+        **dict.fromkeys(("factor", "terms", "part_terms", "label"), FP32),
+        **dict.fromkeys(("groups", "share", "first", "n", "v", "d"), "i32"),
+        **dict.fromkeys(("e", "part_e"), "*bf16"),
+        "places": I32,
+        "BLOCK": Constant(256),
+        "ORDER": Constant(True),
+        "SHARE": Constant(8),
+        "FEATURES": Constant(1024),
+    }
+    for kernel in (subsets.drawn_columns_kernel, subsets.drawn_tokens_kernel):
+        check({name: tail[name] for name in kernel.arg_names}, kernel, arch, num_warps=4)

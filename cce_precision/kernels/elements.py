@@ -37,7 +37,10 @@ from .primitives import (
 )
 from .terms import RowTerms
 
-__all__ = ["DROP", "STOCHASTIC", "ElementFilter", "members_drawn", "sampled", "seed_words", "write_filtered"]
+__all__ = [
+    "DROP", "STOCHASTIC", "ElementFilter", "groups_of", "member_of", "members_drawn", "sampled", "seed_words",
+    "write_filtered",
+]  # fmt: skip
 
 # What becomes of an entry below the threshold.
 NONE = 0  # it stays
@@ -103,17 +106,28 @@ def sampled(p, rows, columns, eps, seed, factor, KIND: tl.constexpr, TAIL: tl.co
         return tl.where(small, below, p)
 
 
-@entry
 @triton.jit
-def members_kernel(seed, out, groups, share, count, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def member_of(seed, index, share, first, count, OVER_COLUMNS: tl.constexpr):
+    """The place that group `index` draws, see members_drawn."""
     low, high = seed_words(seed)
     size = wide(share).to(tl.uint32)
     group = (wide(first) // share + index).to(tl.uint32)
-    column = (tl.zeros((), tl.int64) - STREAM).to(tl.uint32)
+    column = (tl.zeros((), tl.int64) - (1 if OVER_COLUMNS else 2)).to(tl.uint32)
     drawn = hash32(low, high, group, column) % size
     place = group.to(tl.int64) * share + drawn.to(tl.int64) - first
-    tl.store(out + index, tl.where((place >= 0) & (place < count), place, -1), mask=index < groups)
+    return tl.where((place >= 0) & (place < count), place, -1)
+
+
+@entry
+@triton.jit
+def members_kernel(seed, out, groups, share, count, first, OVER_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + index, member_of(seed, index, share, first, count, OVER_COLUMNS), mask=index < groups)
+
+
+def groups_of(count: int, share: int, first: int) -> int:
+    """How many groups of `share` neighbours the places first to first + count lie in."""
+    return (first + count - 1) // share - first // share + 1
 
 
 def members_drawn(seed: Tensor, count: int, share: int, first: int, over_columns: bool) -> Tensor:
@@ -121,10 +135,11 @@ def members_drawn(seed: Tensor, count: int, share: int, first: int, over_columns
 
     (groups,) int64, rising; -1 where it lies before or past them, in a first or last group that is not whole.
     """
-    groups = (first + count - 1) // share - first // share + 1
+    groups, block = groups_of(count, share, first), 256
     out = torch.empty(groups, dtype=torch.int64, device=seed.device)
-    stream, block = (1 if over_columns else 2), 256
-    members_kernel[(cdiv(groups, block),)](seed, out, groups, share, count, first, STREAM=stream, BLOCK=block)
+    members_kernel[(cdiv(groups, block),)](
+        seed, out, groups, share, count, first, OVER_COLUMNS=over_columns, BLOCK=block
+    )
     return out
 
 

@@ -198,7 +198,7 @@ def centres(problem: Problem, counts: Tensor) -> Tensor:
     """(2, D) fp32: what even and odd tokens take from the rows of c in dE, the mean row of the entries of the others
     that are counted by column (2, V); 0 where there are none.
     """
-    return (weighted_sum(problem.c, counts.float()) / counts.sum(1, keepdim=True).clamp(min=1)).flip(0)
+    return (weighted_sum(problem.c, counts) / counts.sum(1, keepdim=True).clamp(min=1)).flip(0)
 
 
 def tail_of_rows(

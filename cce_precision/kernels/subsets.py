@@ -10,13 +10,18 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..numerics import Filter
 from ..problem import Plan, Problem
 from ..promise import distances
 from .dense import accumulate_product, visiting_order
-from .elements import COLUMNS, ROWS, ElementFilter, members_drawn, write_filtered
+from .elements import COLUMNS, ROWS, ElementFilter, groups_of, member_of, members_drawn, write_filtered
+from .entry import entry
+from .launch import cdiv, next_power_of_2
+from .primitives import wide
 from .terms import RowTerms, matvec
 
 __all__ = ["Tail", "members", "tail_of"]
@@ -30,14 +35,82 @@ def members(problem: Problem, plan: Plan, e: Tensor, filt: Filter, seed: Tensor,
     return places if order is None else torch.where(places >= 0, order[places.clamp(min=0)], -1)
 
 
+@entry
+@triton.jit
+def drawn_columns_kernel(
+    seed,  # () int64
+    order,  # (V,) int64 columns in visiting order, or unused
+    columns,  # (groups,) int64, out: the column that each group draws, 0 where it draws none
+    factor,  # (groups,) fp32, out: the share, 0 where it draws none
+    places,  # (V,) int32 of -1: where a drawn column stands among them, in and out
+    groups,
+    share,
+    v,
+    first,
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = member_of(seed, index, share, first, v, True)
+    drawn = (column >= 0) & (index < groups)
+    column = tl.where(drawn, column, 0)
+    if ORDER:
+        column = tl.load(order + column, mask=drawn, other=0)
+    tl.store(columns + index, column, mask=index < groups)
+    tl.store(factor + index, tl.where(drawn, wide(share), 0).to(tl.float32), mask=index < groups)
+    tl.store(places + column, index, mask=drawn)
+
+
+@entry
+@triton.jit
+def drawn_tokens_kernel(
+    seed,  # () int64
+    e,  # (N, D) contiguous
+    targets,  # (N,) int64
+    terms,  # (6, N) fp32 of RowTerms
+    places,  # (V,) int32: where a column stands among the drawn ones, or -1
+    part_e,  # (groups, D), out: the row that each group of tokens draws, 0 where it draws none or an ignored one
+    part_targets,  # (groups,) int64, out
+    part_terms,  # (6, groups) fp32, out; without a token P is 0
+    label,  # (groups,) fp32, out: 0
+    factor,  # (groups,) fp32, out: the share
+    among,  # (N,) int64, out: each target's place among the drawn columns, or -1
+    n,
+    v,
+    d,
+    share,
+    SHARE: tl.constexpr,  # or more
+    FEATURES: tl.constexpr,
+):
+    group, groups = tl.program_id(0), tl.num_programs(0)
+    token = member_of(seed, group, share, 0, n, False)
+    target = tl.load(targets + token, mask=token >= 0, other=-1)
+    for k in range(0, d, FEATURES):
+        j = k + tl.arange(0, FEATURES)
+        row = tl.load(e + token * d + j, mask=(target >= 0) & (j < d), other=0)
+        tl.store(part_e + wide(d) * group + j, row, mask=j < d)
+    field = tl.arange(0, 8)
+    value = tl.load(terms + field * wide(n) + token, mask=(token >= 0) & (field < 6), other=0.0)
+    value = tl.where((token < 0) & (field == 0), float("inf"), value)
+    tl.store(part_terms + field * groups + group, value, mask=field < 6)
+    tl.store(part_targets + group, target)
+    tl.store(label + group, 0.0)
+    tl.store(factor + group, wide(share).to(tl.float32))
+    tokens = group * share + tl.arange(0, SHARE)
+    inside = (tl.arange(0, SHARE) < share) & (tokens < n)
+    target = tl.load(targets + tokens, mask=inside, other=-1)
+    place = tl.load(places + target, mask=inside & (target >= 0) & (target < v), other=-1)
+    tl.store(among + tokens, place.to(tl.int64), mask=inside)
+
+
 @dataclass(frozen=True)
 class Tail:
     """What is below eps, of drawn columns and of drawn tokens."""
 
     problem: Problem
-    terms: RowTerms
+    terms: RowTerms  # with the targets' places among the drawn columns
     e: Tensor  # (N, D) contiguous
-    columns_drawn: Tensor  # (V / share,) int64, -1 for none
+    columns_drawn: Tensor  # (V / share,) int64, some of which the factor of `by_columns` makes 0
     part: Problem  # the drawn tokens alone
     part_terms: RowTerms
     part_e: Tensor  # (N / share, D), 0 for none
@@ -51,22 +124,17 @@ class Tail:
         """total (N, D) fp32 += the tail of the drawn columns times their classifier rows, by way of dz (N, W) and rows
         (W, D). Returns the row sums of the tail, (N,) fp32, of a centred variant.
         """
-        problem, drawn = self.problem, self.columns_drawn
+        problem, drawn, factor = self.problem, self.columns_drawn, self.by_columns.factor
+        assert factor is not None
         excess = None if self.centre is None else torch.zeros_like(total[:, 0])
-        where = torch.full((problem.v + 1,), -1, dtype=torch.int64, device=drawn.device)  # the last: a spare entry
-        where.scatter_(0, torch.where(drawn >= 0, drawn, problem.v), torch.arange(drawn.numel(), device=drawn.device))
-        here = (problem.targets >= 0) & (problem.targets < problem.v)
-        targets = torch.where(here, where[problem.targets.clamp(0, problem.v - 1)], -1)
-        terms = dataclasses.replace(self.terms, targets=targets)
-        factor = torch.where(drawn >= 0, self.by_columns.factor, 0)
         width = dz.shape[1]
         for start in range(0, drawn.numel(), width):
-            index = drawn[start : start + width].clamp(min=0)
+            index = drawn[start : start + width]
             c = torch.index_select(problem.c, 0, index, out=rows[: index.numel()])
             bias = None if problem.bias is None else problem.bias[index]
             filt = dataclasses.replace(self.by_columns, factor=factor[start : start + width])
             x = dz[:, : index.numel()]
-            write_filtered(problem, self.e, c, bias, start, terms, filt, x, None, active=self.active)
+            write_filtered(problem, self.e, c, bias, start, self.terms, filt, x, None, active=self.active)
             accumulate_product(total, x, c, False)
             if excess is not None:
                 excess += x.sum(1, dtype=torch.float32)
@@ -119,25 +187,33 @@ def tail_of(
     centre: Tensor | None,
 ) -> Tail:
     """The tail of a subset filter, the same on both sides; left undone where `dense` (0-dim int32) is 1."""
+    (n, d), v, first, share = e.shape, problem.v, problem.first_column, filt.share
+    size = groups_of(v, share, first), groups_of(n, share, 0)
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=e.device)  # noqa: E731
+    order = visiting_order(problem, plan, e)
+    columns, factor_e, factor_c = new(size[0], dtype=torch.int64), new(size[0]), new(size[1])
+    places = torch.full((v,), -1, dtype=torch.int32, device=e.device)
+    drawn_columns_kernel[(cdiv(size[0], 256),)](
+        seed, columns if order is None else order, columns, factor_e, places, size[0], share, v, first,
+        BLOCK=256, ORDER=order is not None,
+    )  # fmt: skip
+    part_e, rows, label = new(size[1], d, dtype=e.dtype), new(6, size[1]), new(size[1])
+    targets, among = new(size[1], dtype=torch.int64), new(n, dtype=torch.int64)
+    drawn_tokens_kernel[(size[1],)](
+        seed, e, problem.targets, terms.terms, places, part_e, targets, rows, label, factor_c, among, n, v, d, share,
+        SHARE=next_power_of_2(share), FEATURES=min(1024, next_power_of_2(d)), num_warps=4,
+    )  # fmt: skip
     eps = filt.threshold(problem.operand_dtype)
-    tokens = members(problem, plan, e, filt, seed, False)
-    index, real = tokens.clamp(min=0), tokens >= 0
-    drawn = members(problem, plan, e, filt, seed, True)
-    share = torch.full((), float(filt.share), device=e.device)
-    rows = terms.terms[:, index]
-    rows[0] = torch.where(real, rows[0], torch.inf)  # hence P = 0
-    targets = torch.where(real, problem.targets[index], -1)
-    part_e = torch.where((targets >= 0)[:, None], e[index], 0)
     return Tail(
         problem,
-        terms,
+        dataclasses.replace(terms, targets=among),
         e,
-        drawn,
+        columns,
         dataclasses.replace(problem, e=part_e, targets=targets),
-        dataclasses.replace(terms, targets=targets, terms=rows, label=torch.zeros_like(rows[0])),
+        dataclasses.replace(terms, targets=targets, terms=rows, label=label),
         part_e,
-        ElementFilter(COLUMNS, eps, seed, share.expand(drawn.shape).contiguous(), tail=True),
-        ElementFilter(ROWS, eps, seed, share.expand(tokens.shape).contiguous(), tail=True),
+        ElementFilter(COLUMNS, eps, seed, factor_e, tail=True),
+        ElementFilter(ROWS, eps, seed, factor_c, tail=True),
         1 - dense,
         None if plan.tolerance is None else torch.zeros(2, dtype=torch.float32, device=e.device),
         centre,

@@ -311,7 +311,7 @@ def finish_columns(
 @triton.jit
 def weighted_sum_kernel(
     x,  # (R, D)
-    weight,  # (SUMS, R) fp32 or unused
+    weight,  # (SUMS, R) fp32 or int32, or unused
     out,  # (SUMS, blocks, D) fp32
     rows,
     d,
@@ -332,7 +332,7 @@ def weighted_sum_kernel(
         inside = (r < rows) & (r < first + rows_a_block)
         w = tl.full((SUMS, ROWS), 1.0, tl.float32)
         if WEIGHT:
-            w = tl.load(weight + which[:, None] * wide(rows) + r[None, :], mask=inside[None, :], other=0.0)
+            w = tl.load(weight + which[:, None] * wide(rows) + r[None, :], mask=inside[None, :], other=0).to(tl.float32)
             inside &= tl.max((w != 0).to(tl.int32), 0) != 0
         place = r[:, None] * stride_x[0] + j[None, :].to(tl.int64) * stride_x[1]
         value = tl.load(x + place, mask=inside[:, None] & (j < d)[None, :], other=0).to(tl.float32)
