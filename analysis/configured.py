@@ -12,7 +12,8 @@ __all__ = ["configured"]
 
 
 def configured(text: str) -> Variant:
-    """The variant NAME, NAME@EPS or NAME@EPS/SHARE (an EPS left empty stays as it is).
+    """The variant NAME, NAME@EPS or NAME@EPS/SHARE (an EPS left empty stays as it is); NAME@off filters and flushes
+    nothing.
 
     Raises ValueError for an unknown name, a threshold that the variant does not have or that is no probability, and a
     share of a variant that samples no subsets.
@@ -20,7 +21,9 @@ def configured(text: str) -> Variant:
     name, _, settings = text.partition("@")
     variant = get(name)
     eps, _, share = settings.partition("/")
-    if eps:
+    if eps == "off":
+        variant = variant.configure(None)
+    elif eps:
         variant = variant.configure(parse_eps(eps)[0])
     if share:
         kinds = {variant.filter_e.kind, variant.filter_c.kind}

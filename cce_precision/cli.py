@@ -103,7 +103,8 @@ def variants(as_json: bool = typer.Option(False, "--json", help="The records as 
         filters = [f"{f.granularity.value} {f.kind.value}" if f else "-" for f in (variant.filter_e, variant.filter_c)]
         sums = ", ".join(dict.fromkeys((variant.accum_e.value, variant.accum_c.value)))
         also = f" (also {', '.join(variant.aliases)})" if variant.aliases else ""
-        table.add_row(variant.name, *filters, variant.operand.value, sums)
+        operand = variant.operand.value + (", flushed" if variant.flushed else "")
+        table.add_row(variant.name, *filters, operand, sums)
         meaning.add_row(variant.name, variant.summary + also)
     console().print(table, meaning)
 

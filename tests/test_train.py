@@ -121,6 +121,8 @@ def test_methods_are_variants_with_settings_or_references() -> None:
     assert Method.parse("cce_exact").variant == ALL["cce_exact"]
     cce = Method.parse("cce@2^-10").variant
     assert cce is not None and cce.filter_e.eps == cce.filter_c.eps == 2.0**-10
+    whole = Method.parse("cce_exact@off").variant
+    assert ALL["cce_exact"].flushed and not whole.flushed and not Method.parse("cce_unbiased@off").variant.filtered
     sub = Method.parse("cce_subsampled@2^-12/16").variant
     assert sub is not None and sub.filter_e.kind is FilterKind.SUBSET
     assert (sub.filter_e.share, sub.filter_c.share, sub.filter_e.eps) == (16, 16, 2.0**-12)
