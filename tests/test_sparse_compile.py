@@ -121,10 +121,10 @@ def test_warp_specialised_hits(softcap: bool, drawn: bool) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC, elements.ROWS])
+@pytest.mark.parametrize("kind", [elements.DROP, elements.STOCHASTIC, elements.COLUMNS, elements.ROWS])
 def test_filtered_dz(arch: str, kind: int) -> None:
     config = launch._CONFIGS["dz"][arch][2]
-    tma = arch != "sm_80"
+    tma, tail = arch != "sm_80", kind in (elements.COLUMNS, elements.ROWS)
     own = {
         "FLATTEN": Constant(config.flatten and kind != elements.STOCHASTIC),
         "rows_terms": FP32,
@@ -132,12 +132,13 @@ def test_filtered_dz(arch: str, kind: int) -> None:
         "high": matrix("bf16", tma, config.m, config.n),
         "low": matrix("bf16", tma, config.m, config.n),
         "column_sums": FP32,
+        "row_sums": FP32,
         "factor": FP32,
         "active": I32,
         "shape": ("i32:16",) * 5,
         "stride_dz": ROW_MAJOR,
         "scalars": ("fp32",) * 3,
-        "FLAGS": Constant((False, False, False, kind != elements.ROWS, False, kind, *[kind == elements.ROWS] * 2)),
+        "FLAGS": Constant((False, False, False, not tail, False, kind, tail, tail, kind == elements.COLUMNS)),
         "DTYPE": Constant(tl.bfloat16),
     }
     check_loops(

@@ -172,6 +172,7 @@ def filtered_kernel(
     high,  # (N, W): descriptor or pointer
     low,  # (N, W) what rounding lost, or unused
     column_sums,  # (row blocks, W) fp32 sums of the unrounded dZ, the label included, or unused
+    row_sums,  # (column tiles, N) fp32 sums of the rounded dZ, or unused
     factor,  # (W,) or (N,) fp32 of the filter, or unused
     active,  # () int32: 0 where nothing is to be done; or unused
     seed,  # () int64
@@ -185,7 +186,7 @@ def filtered_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, sums, kind of the filter, tail, active)
+    FLAGS: tl.constexpr,  # (bias, softcap, entropy, low, column sums, kind of the filter, tail, active, row sums)
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -235,6 +236,9 @@ def filtered_kernel(
             total = tl.sum(tl.where(own, at_label, tl.where(inside[:, None], x, 0.0)), 0)
             tl.store(column_sums + wide(width) * block + columns, total, mask=columns < width)
         rounded = round_to(x, DTYPE)
+        if FLAGS[8]:
+            known = tl.where((columns < width)[None, :], rounded.to(tl.float32), 0.0)
+            tl.store(row_sums + wide(n) * tile + rows, tl.sum(known, 1), mask=inside)
         store_tile(high, stride_dz, block * M, tile * N, n, width, rounded, M, N, TMA)
         if FLAGS[3]:
             lost = round_to(x - rounded.to(tl.float32), DTYPE)
@@ -295,6 +299,7 @@ def write_filtered(
     low: Tensor | None,  # (N, W)
     want_sums: bool = False,
     active: Tensor | None = None,  # () int32: 0 where nothing is to be done
+    row_sums: Tensor | None = None,  # (N,) fp32: += the sums of the rows of high
 ) -> Tensor | None:
     """Fills high (and low) with dZ under an element filter, without the label. Returns (row blocks, W) column sums of
     the unrounded dZ with the label, if wanted.
@@ -302,6 +307,7 @@ def write_filtered(
     rows, width = e.shape[0], c.shape[0]
     config = config_for("dz", c)
     blocks = cdiv(rows, config.m)
+    by_tile = None if row_sums is None else row_sums.new_zeros(cdiv(width, config.n), rows)
     sums = torch.empty((blocks, width), dtype=torch.float32, device=e.device) if want_sums else None
     tma = descriptor_fits(e) and descriptor_fits(c) and descriptor_fits(high)
     unused = terms.terms
@@ -316,6 +322,7 @@ def write_filtered(
         put(high),
         put(low),
         unused if sums is None else sums,
+        unused if by_tile is None else by_tile,
         unused if filt.factor is None else filt.factor,
         unused if active is None else active,
         filt.seed,
@@ -338,6 +345,7 @@ def write_filtered(
             filt.kind,
             filt.tail,
             active is not None,
+            by_tile is not None,
         ),
         TMA=tma,
         PRECISION=precision_of(c),
@@ -345,4 +353,6 @@ def write_filtered(
         num_warps=config.warps,
         num_stages=config.stages,
     )
+    if row_sums is not None and by_tile is not None:
+        row_sums += by_tile.sum(0)
     return sums

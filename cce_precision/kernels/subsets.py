@@ -134,10 +134,10 @@ class Tail:
             bias = None if problem.bias is None else problem.bias[index]
             filt = dataclasses.replace(self.by_columns, factor=factor[start : start + width])
             x = dz[:, : index.numel()]
-            write_filtered(problem, self.e, c, bias, start, self.terms, filt, x, None, active=self.active)
+            write_filtered(
+                problem, self.e, c, bias, start, self.terms, filt, x, None, active=self.active, row_sums=excess
+            )
             accumulate_product(total, x, c, False)
-            if excess is not None:
-                excess += x.sum(1, dtype=torch.float32)
             if self.energies is not None:
                 self.energies[0] += self._energy(x, c)
         return excess
