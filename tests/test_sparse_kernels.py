@@ -161,6 +161,24 @@ def test_what_the_host_knows_not_to_count_is_left_out_and_nothing_changes(
     assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(both_ways, one_way))
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.5])
+def test_the_first_call_of_a_kind_launches_both_ways(tolerance: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no kernel compiles in the middle of a training run."""
+    problem, told = exact_problem(16, 160, 16), []
+    monkeypatch.setattr("cce_precision.kernels.answer._met", set())
+    monkeypatch.setattr(filtered, "DEFAULT_WORKSPACE_MB", 0)
+    monkeypatch.setattr(filtered, "Answer", lambda flag, asked: told.append(asked) or Answer(flag, asked))
+    overflow(monkeypatch)
+    for rows in (slice(0, 4), slice(0, 4), slice(0, 3), slice(0, 16)):  # sixteen are of another kind
+        part = dataclasses.replace(problem, e=problem.e[rows], targets=problem.targets[rows])
+        plan = Plan(variants.get("cce_unbiased").with_eps(EPS), tolerance=tolerance)
+        heads, _ = kernels.forward(part, plan)
+        upstream = Upstream(torch.ones(part.n))
+        kernels.backward(part, plan, heads, upstream, (True, True, False), torch.tensor(3))
+    answers = 1 if tolerance is None else 2
+    assert told == [False] * answers + [True] * 2 * answers + [False] * answers
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_record_of_too_many_hits_still_has_every_one(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward pass looks for no more hits than there is room for, and records the rest of its walk as hit."""

@@ -8,20 +8,34 @@ having arrived.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "met_before"]
+
+
+_met: set[Hashable] = set()
+
+
+def met_before(kind: Hashable) -> bool:
+    """Whether this was called with this kind of call before. The first one should launch both ways: kernels compile
+    when they are first launched, and a training run should not stop for that in its middle.
+    """
+    known = kind in _met
+    _met.add(kind)
+    return known
 
 
 class Answer:
-    """A yes (1) or no (0) that the device works out: `flag`, 0-dim int32."""
+    """A yes (1) or no (0) that the device works out: `flag`, 0-dim int32; never known to the host where not `asked`."""
 
-    def __init__(self, flag: Tensor) -> None:
+    def __init__(self, flag: Tensor, asked: bool = True) -> None:
         self.flag = flag
         self._known: bool | None = None
         self._arrived: torch.cuda.Event | None = None
-        if flag.is_cuda and not torch.cuda.is_current_stream_capturing():
+        if asked and flag.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._copy = torch.empty((), dtype=torch.int32, pin_memory=True)
             self._copy.copy_(flag, non_blocking=True)
             self._arrived = torch.cuda.Event()

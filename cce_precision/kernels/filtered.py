@@ -18,7 +18,7 @@ from torch import Tensor
 from ..numerics import Filter, FilterKind
 from ..problem import Heads, Plan, Problem, Upstream, is_centred
 from ..promise import filter_error
-from .answer import Answer
+from .answer import Answer, met_before
 from .dense import accumulate_product, no_tokens
 from .elements import COLUMNS, ROWS, ElementFilter, write_filtered
 from .entries import Buffers, Entries, entries_of, seen_of
@@ -165,7 +165,9 @@ def sparse(
     del words
     entries = entries_of(problem, e, terms, kept, lists, buffers, need_e and is_centred(problem, plan))
     centre = None if entries.counts is None else centres(problem, entries.counts)
-    dense_way = Answer(entries.dense)
+    heads_wanted = terms.entropy, terms.smooth_apart, problem.softcap is None, problem.bias is None
+    asked = met_before((device, n % 16 == 0, v, d, e.dtype, need, plan.variant, plan.tolerance is None, *heads_wanted))
+    dense_way = Answer(entries.dense, asked)
     segments = TokensByTarget.of(problem.targets, v)
     shift_c = weighted_sum(e, terms.sigma) if terms.smooth_apart and need_c else None
     shift_e = weighted_sum(problem.c, problem.column_weight) if terms.smooth_apart and need_e else None
@@ -188,7 +190,7 @@ def sparse(
         if tail is not None and tail.energies is not None:
             seen = dataclasses.replace(seen, energy_e=tail.energies[0], energy_c=tail.energies[1])
         broken = ~(filter_error(problem, filt, seen, terms.scale, (d_e, d_c)) <= plan.tolerance)
-        dense_way = Answer(torch.maximum(dense_way.flag, broken.to(torch.int32)))
+        dense_way = Answer(torch.maximum(dense_way.flag, broken.to(torch.int32)), asked)
     if plan.tolerance is not None or buffers.values.numel() < n * -(-v // BLOCK) * BLOCK:
         exact_where(problem, terms, segments, workspace.pool, d_e, d_c, d_bias, shift_e, shift_c, dense_way)
     return d_e, d_c, finish_bias(problem, terms, d_bias)
