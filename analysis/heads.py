@@ -26,8 +26,9 @@ class HeadStatistics:
     loss, entropy: mean, in nats. p_target: mean probability of the target. entries: mean number of P >= 2^-k a row.
     mass_below: mean sum of P < 2^-k. columns: mean share of the vocabulary with an entry in 128 consecutive rows.
     blocks: mean number of 32-column blocks with an entry a row. tiles_by_id, tiles_by_mean_logit: share of 128 x 128
-    tiles with |P - onehot| >= 2^-12 somewhere, the vocabulary in its own order and in that of the mean logit. e_max,
-    e_rms: largest and root-mean-square entry of e.
+    tiles with |P - onehot| >= 2^-12 somewhere, the vocabulary in its own order and in that of the mean logit. flushed:
+    share of the entries but for the targets' with P < 2^-12 (1 - P_t) / V, which `cce_exact` writes as 0 in bf16 on a
+    GPU. e_max, e_rms: largest and root-mean-square entry of e.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class HeadStatistics:
     blocks: dict[str, float]
     tiles_by_id: float
     tiles_by_mean_logit: float
+    flushed: float
     e_max: float
     e_rms: float
 
@@ -109,6 +111,8 @@ def head_statistics(
             add(f"mass{k}", (p * ~hits).sum(dim=1))
             add(f"columns{k}", hits.any(dim=0))
             add(f"blocks{k}", _any_in_blocks(hits, 32))
+        others = torch.ones_like(p).scatter_(1, labels[:, None], 0)
+        add("flushed", others * (p < -torch.expm1(target_log_p) * 2.0**-12 / v))
         survives = (p.scatter_add_(1, labels[:, None], -torch.ones_like(target_log_p)).abs() >= 2.0**-12).any(dim=0)
         add("tiles_by_id", _any_in_blocks(survives[None], TILE))
         add("tiles_by_mean_logit", _any_in_blocks(survives[order][None], TILE))
@@ -131,6 +135,7 @@ def head_statistics(
         blocks=by_threshold("blocks", n),
         tiles_by_id=sums["tiles_by_id"] / tiles,
         tiles_by_mean_logit=sums["tiles_by_mean_logit"] / tiles,
+        flushed=sums["flushed"] / (n * v),
         e_max=float(e.abs().max()),
         e_rms=float(e.double().square().mean().sqrt()),
     )
@@ -158,5 +163,6 @@ def statistics_table(by_stage: Mapping[str, HeadStatistics]) -> Any:
     row(
         "128 x 128 tiles, by id / by mean logit", *(f"{s.tiles_by_id:.1%} / {s.tiles_by_mean_logit:.1%}" for s in heads)
     )
+    row("entries that cce_exact flushes in bf16", *(f"{s.flushed:.1%}" for s in heads))
     row("largest, rms entry of e", *(f"{s.e_max:.3g}, {s.e_rms:.3g}" for s in heads))
     return table

@@ -234,7 +234,7 @@ def by_definition(head: Capture) -> HeadStatistics:
     z = e @ c.T if head.bias is None else e @ c.T + head.bias.double()
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     p, (n, v) = z.softmax(dim=1), z.shape
-    d = p - nn.functional.one_hot(head.targets, v)
+    d, p_t = p - nn.functional.one_hot(head.targets, v), p[torch.arange(n), head.targets]
     groups = [slice(i, i + 128) for i in range(0, n, 128)]
 
     def over(threshold: Callable[[float], float]) -> dict[str, float]:
@@ -256,13 +256,14 @@ def by_definition(head: Capture) -> HeadStatistics:
         width=c.shape[1],
         loss=float(nn.functional.cross_entropy(z, head.targets)),
         entropy=float(torch.distributions.Categorical(probs=p).entropy().mean()),
-        p_target=float(p[torch.arange(n), head.targets].mean()),
+        p_target=float(p_t.mean()),
         entries=over(lambda eps: float((p >= eps).sum()) / n),
         mass_below=over(lambda eps: float(p[p < eps].sum()) / n),
         columns=over(columns),
         blocks=over(blocks),
         tiles_by_id=tiles(torch.arange(v)),
         tiles_by_mean_logit=tiles(z.mean(dim=0).argsort(descending=True)),
+        flushed=float((p < 2.0**-12 / v * (1 - p_t)[:, None]).double().scatter(1, head.targets[:, None], 0.0).mean()),
         e_max=float(e.abs().max()),
         e_rms=float((e**2).mean() ** 0.5),
     )
@@ -285,7 +286,7 @@ def test_statistics_are_what_their_definition_says(options: dict[str, object]) -
     found = head_statistics(head.e, head.c, head.targets, head.bias, head.softcap)
     largest = float(head.e.double().abs().max() * head.c.double().abs().sum(dim=1).max()) + 3
     assert_close(asdict(found), asdict(by_definition(head)), 300 * largest)
-    assert statistics_table({"one": found, "two": found}).row_count == 9
+    assert statistics_table({"one": found, "two": found}).row_count == 10
 
 
 def test_statistics_leave_ignored_rows_out() -> None:
