@@ -146,6 +146,8 @@ def _stage_rows(table: Any) -> list[tuple[str, list[str]]]:
         return [f"{name}:2^-{k}" for k in THRESHOLDS]
 
     at = " / ".join(f"2^-{k}" for k in THRESHOLDS)
+    known = "flushed" in set(table["metric"])  # not in captures from before it was counted
+    flushed = [row("entries that cce_exact flushes in bf16", "{:.1%}", "flushed")] if known else []
     return [
         row("loss / entropy, nats", "{:.2f}", "loss", "entropy"),
         row("mean probability of the target", "{:.3g}", "p_target"),
@@ -153,6 +155,7 @@ def _stage_rows(table: Any) -> list[tuple[str, list[str]]]:
         row(f"mass below {at}", "{:.3f}", *powers("mass_below")),
         row("tiles of 128 x 128 with |P - onehot| >= 2^-12, by id / by mean logit", "{:.0%}", "tiles_by_id",
             "tiles_by_mean_logit"),
+        *flushed,
         row("largest / rms entry of e", "{:.3g}", "e_max", "e_rms"),
     ]  # fmt: skip
 

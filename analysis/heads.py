@@ -6,6 +6,7 @@ it was trained. This file imports torch only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,9 +27,9 @@ class HeadStatistics:
     loss, entropy: mean, in nats. p_target: mean probability of the target. entries: mean number of P >= 2^-k a row.
     mass_below: mean sum of P < 2^-k. columns: mean share of the vocabulary with an entry in 128 consecutive rows.
     blocks: mean number of 32-column blocks with an entry a row. tiles_by_id, tiles_by_mean_logit: share of 128 x 128
-    tiles with |P - onehot| >= 2^-12 somewhere, the vocabulary in its own order and in that of the mean logit. flushed:
-    share of the entries but for the targets' with P < 2^-12 (1 - P_t) / V, which `cce_exact` writes as 0 in bf16 on a
-    GPU. e_max, e_rms: largest and root-mean-square entry of e.
+    tiles with |P - onehot| >= 2^-12 somewhere, the vocabulary in its own order and in that of the mean logit. e_max,
+    e_rms: largest and root-mean-square entry of e. flushed: share of the entries but for the targets' with
+    P < 2^-12 (1 - P_t) / V, which `cce_exact` writes as 0 in bf16 on a GPU.
     """
 
     tokens: int
@@ -43,9 +44,9 @@ class HeadStatistics:
     blocks: dict[str, float]
     tiles_by_id: float
     tiles_by_mean_logit: float
-    flushed: float
     e_max: float
     e_rms: float
+    flushed: float = math.nan  # of captures from before it was counted
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dicts, as written to card.json."""
